@@ -1,0 +1,634 @@
+"""Resona: a linear recurrence that can look its context up again, in one file.
+
+After Wang et al., "Resona: Improving Context Copying in Linear Recurrence Models with Retrieval",
+arXiv 2503.22913 (2025). A linear recurrence reads a token at constant cost, but its state has a fixed
+size: what it read long ago it cannot copy. Resona gives a recurrent layer a second branch:
+
+    x ──► norm ──► short conv ──► u ──► backbone (linear recurrence) ──► y ───────────────┐
+                     │            │                                      │ asks           │
+                     │            └────────────► query q = W [y, u] ◄────┘                ▼
+                     └─► chunks of U tokens ──► search: top-k chunks ──► attend ──► r ──► mix
+                         keys from u, values from x                      out = (1-α)·y + α·r
+
+Letters, the same throughout this file (paper's symbol where it names one):
+    B  batch                    U  tokens per chunk, config.chunk_size (U)
+    L  length of this call      M  finished chunks in memory
+    D  model width              K  retrieved chunks, config.top_k (k)
+    N  states per channel       S  width of the search, config.d_search
+    H  heads                    E  width of a head, D / H
+    W  width of the short convolution, config.d_conv
+    p  absolute position of a token: the tokens read by earlier calls count
+    α  mixing coefficient, per token (α)
+
+Our choices, where the paper leaves room or we depart from it:
+  * Chunks do not overlap and are aligned to absolute positions, so a context cut anywhere into
+    several calls gives the same chunks. A token sees the chunks that ended before it.
+  * The state asks: the query is made from the backbone's output y and the short features u. The keys
+    are made from u alone. A key made from the state drifts with the position, and such a model does
+    not copy strings longer than those it was trained on.
+  * Token keys are one step late: the key of token j describes what came before j, and its value is
+    token j. "What followed this?" is then one look-up, an induction head in a single layer.
+  * The search learns from the loss: the log-probabilities of the chosen chunks are added to the
+    attention logits. This is how we read the paper's "differentiable" search; ours is exact.
+  * No positions are needed in the branch, so it has none.
+
+Not included: dropout, mixed precision beyond casting the model, initialisation tricks, padding masks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# ------------------------------------------------------------------------------------------ config
+@dataclass
+class ResonaConfig:
+    """Everything that shapes a model. Raises ValueError or TypeError that names the bad field."""
+
+    vocab_size: int
+    d_model: int = 64                 # D
+    n_layer: int = 2
+    n_head: int = 4                   # H, of the retrieval's attention and of the "attention" backbone
+    backbone: str | Callable[[int], nn.Module] = "gated"  # a name in BACKBONES, or d_model -> module
+    retrieval: bool | Sequence[int] | None = None  # layers that retrieve: all, none, a list of them;
+    #                                                None: all, but none under the attention backbone
+    chunk_size: int = 4               # U
+    top_k: int = 4                    # K; may be changed on a trained model
+    d_search: int = 32                # S
+    d_conv: int = 4                   # W
+    d_ff: int = 128                   # hidden width of each layer's MLP
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                _check_positive(field.name, value)
+        if self.d_model % self.n_head:
+            raise ValueError(f"d_model must be divisible by n_head, got d_model={self.d_model}, n_head={self.n_head}")
+        if self.backbone == "attention" and self.d_model // self.n_head % 2:
+            raise ValueError(f"rotary positions need an even head width, got d_model / n_head = {self.d_model // self.n_head}")
+        if not callable(self.backbone) and self.backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, or a callable d_model -> nn.Module, got {self.backbone!r}")
+        for layer in self.retrieval_layers:
+            if not isinstance(layer, int) or not 0 <= layer < self.n_layer:
+                raise ValueError(f"retrieval must be True, False, None or layers in 0..{self.n_layer - 1}, got {self.retrieval!r}")
+
+    @property
+    def retrieval_layers(self) -> tuple[int, ...]:
+        """The layers that have a retrieval branch."""
+        if self.retrieval is None:
+            return () if self.backbone == "attention" else tuple(range(self.n_layer))
+        if isinstance(self.retrieval, bool):
+            return tuple(range(self.n_layer)) if self.retrieval else ()
+        return tuple(self.retrieval)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+# ------------------------------------------------------------------------------------ 1. the scans
+# A linear recurrence with a diagonal transition: every channel is its own first-order filter,
+#     h[t] = a[t] · h[t-1] + b[t].
+# Both functions take a, b: (B, L, D) and h0: (B, D), zero if left out, and return h: (B, L, D).
+
+def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
+    """h[:, t] = a[:, t] * h[:, t-1] + b[:, t], one step at a time. The specification.
+
+    a, b: (B, L, D), h0: (B, D) or None for zero, one floating dtype -> h: (B, L, D) of that dtype,
+    carried in float32 at least. The final state is h[:, -1]. Raises ValueError on other shapes.
+    """
+    _check_scan(a, b, h0)
+    h = torch.zeros_like(b[:, 0]) if h0 is None else h0
+    dtype, wide = b.dtype, torch.promote_types(b.dtype, torch.float32)
+    a, b, h = a.to(wide), b.to(wide), h.to(wide)
+    hs = []
+    for t in range(b.shape[1]):
+        h = a[:, t] * h + b[:, t]
+        hs.append(h)
+    return torch.stack(hs, dim=1).to(dtype)
+
+
+def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
+    """The same as scan_naive in about 3·√L steps instead of L; linear in L in time and memory.
+
+    Two steps of the recurrence compose into one, h -> (a₂a₁)·h + (a₂b₁ + b₂), so a block of steps is
+    summed up by two numbers per channel: the product of its a, and where it ends if it starts at zero.
+    """
+    _check_scan(a, b, h0)
+    wide = torch.promote_types(b.dtype, torch.float32)
+    h0 = torch.zeros_like(b[:, 0]) if h0 is None else h0
+    return _Scan.apply(a.to(wide), b.to(wide), h0.to(wide)).to(b.dtype)
+
+
+class _Scan(torch.autograd.Function):
+    """The gradient of a scan is a scan from right to left: with g[t] = ∂loss/∂h[t] in full,
+    g[t] = dh[t] + a[t+1]·g[t+1], then da[t] = g[t]·h[t-1], db[t] = g[t], dh0 = a[0]·g[0]."""
+
+    @staticmethod
+    def forward(ctx, a, b, h0):
+        h = torch.empty_like(b)
+        _scan_blocks(a, b, h0, h)
+        ctx.save_for_backward(a, h, h0)
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        a, h, h0 = ctx.saved_tensors
+        g = torch.empty_like(h)
+        g[:, -1] = dh[:, -1]
+        _scan_blocks(a[:, 1:], dh[:, :-1], dh[:, -1], g[:, :-1], reverse=True)
+        da = torch.empty_like(a)
+        torch.mul(g[:, 0], h0, out=da[:, 0])
+        torch.mul(g[:, 1:], h[:, :-1], out=da[:, 1:])
+        return da, g, a[:, 0] * g[:, 0]
+
+
+def _scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = False) -> None:
+    """Write the scan into out, in n ≈ √L blocks of L // n steps that advance side by side.
+
+    1. every block from zero: its end, and the product of its a;   2. block to block: each block's start;
+    3. every block again, from its start.   4. the steps left over, fewer than n, one by one.
+    Running the blocks twice costs less memory traffic than keeping every product of the first run, and
+    nothing is ever divided by a product, which underflows.
+    """
+    L = b.shape[1]
+    n = max(1, math.isqrt(L))
+    tail = L - L // n * n
+    blocks, rest = (slice(tail, L), slice(0, tail)) if reverse else (slice(0, L - tail), slice(L - tail, L))
+    order = -1 if reverse else 1
+
+    def steps(x: Tensor) -> tuple[Tensor, ...]:  # L // n views (B, n, D), in the order of time
+        return x[:, blocks].unflatten(1, (n, -1)).unbind(2)[::order]
+
+    def loop(h: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], out: Sequence[Tensor]) -> Tensor:
+        for a_t, b_t, out_t in zip(a, b, out):
+            h = torch.addcmul(b_t, a_t, h, out=out_t)
+        return h
+
+    if L:
+        a_steps, b_steps, out_steps = steps(a), steps(b), steps(out)
+        end = torch.zeros_like(b_steps[0])
+        product = torch.ones_like(end)
+        for a_t, b_t in zip(a_steps, b_steps):
+            torch.addcmul(b_t, a_t, end, out=end)
+            product.mul_(a_t)
+        start, h = torch.empty_like(end), h0
+        for p, e, s in zip(*(x.unbind(1)[::order] for x in (product, end, start))):
+            s.copy_(h)
+            h = torch.addcmul(e, p, h)
+        loop(start, a_steps, b_steps, out_steps)
+        loop(h, *(x[:, rest].unbind(1)[::order] for x in (a, b, out)))
+
+
+def _check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
+    if a.ndim != 3 or a.shape != b.shape or a.shape[1] < 1:
+        raise ValueError(f"a and b must share one shape (B, L, D) with L >= 1, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if h0 is not None and h0.shape != b[:, 0].shape:
+        raise ValueError(f"h0 must have shape (B, D) = {tuple(b[:, 0].shape)}, got {tuple(h0.shape)}")
+    kinds = {(x.dtype, x.device) for x in (a, b, h0) if x is not None}
+    if len(kinds) > 1 or not b.dtype.is_floating_point:
+        raise ValueError(f"a, b and h0 must share one floating dtype and one device, got {' and '.join(f'{d} on {v}' for d, v in kinds)}")
+
+
+# ------------------------------------------------------------------------------------ 2. backbones
+# A backbone is any module with PyTorch's convention for recurrent modules, batch first:
+#     output, state = module(input, state=None)      input, output: (B, L, D)
+# nn.GRU(D, D, batch_first=True) is one as it stands. Nobody but the module looks into its state.
+
+class GatedRecurrence(nn.Module):
+    """h = a·h + (1-a)·v with a gate a in (0, 1) per channel and token; output W (h · silu(g)).
+
+    The simplest member of the family: its state is one number per channel, D in all.
+    """
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.inputs = nn.Linear(d_model, 3 * d_model)
+        self.output = nn.Linear(d_model, d_model, bias=False)
+        with torch.no_grad():  # memories from about 1 to 400 tokens long: 1 / (1 - sigmoid(bias))
+            self.inputs.bias[:d_model] = torch.linspace(0, 6, d_model)
+
+    def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        a, v, g = self.inputs(u).chunk(3, dim=-1)
+        a = torch.sigmoid(a)
+        h = scan_parallel(a, (1 - a) * v, h0)  # (B, L, D)
+        return self.output(h * F.silu(g)), h[:, -1]
+
+
+class SelectiveSSM(nn.Module):
+    """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan.
+
+        h[d, n] = exp(Δ[d]·A[d, n])·h[d, n] + Δ[d]·B[n]·u[d],   y[d] = Σ_n C[n]·h[d, n] + skip[d]·u[d]
+    Step Δ, input map B and output map C depend on the token; A < 0 is learned.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16):
+        super().__init__()
+        self.d_state = d_state
+        self.delta = nn.Linear(d_model, d_model)
+        self.maps = nn.Linear(d_model, 2 * d_state, bias=False)
+        self.gate = nn.Linear(d_model, d_model, bias=False)
+        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.log_A = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(d_model, 1))  # (D, N)
+        self.skip = nn.Parameter(torch.ones(d_model))
+        with torch.no_grad():  # steps from 0.001 to 0.1, through the inverse of softplus
+            self.delta.bias.copy_(torch.logspace(-3, -1, d_model).expm1().log())
+
+    def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        delta = F.softplus(self.delta(u))  # (B, L, D)
+        b, c = self.maps(u).chunk(2, dim=-1)  # (B, L, N)
+        a = torch.exp(-delta.unsqueeze(-1) * self.log_A.exp())  # (B, L, D, N)
+        b = (delta * u).unsqueeze(-1) * b.unsqueeze(2)  # (B, L, D, N)
+        h = scan_parallel(a.flatten(2), b.flatten(2), h0)  # (B, L, D·N)
+        y = (h.unflatten(2, (-1, self.d_state)) * c.unsqueeze(2)).sum(-1) + self.skip * u
+        return self.output(y * F.silu(self.gate(u))), h[:, -1]
+
+
+class CausalAttention(nn.Module):
+    """Causal softmax attention with rotary positions (RoFormer, arXiv 2104.09864): the Transformer.
+
+    Its state is every key and value so far, so it grows with the context.
+    """
+
+    def __init__(self, d_model: int, n_head: int = 4):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.output = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, u: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        L, past = u.shape[1], 0 if state is None else state[0].shape[2]
+        q, k, v = self.qkv(u).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, E)
+        q, k = _rotate(q, past), _rotate(k, past)
+        if state is not None:
+            k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+        if past == 0 or L == 1:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)
+        else:
+            causal = torch.ones(L, past + L, dtype=torch.bool, device=u.device).tril(past)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
+        return self.output(y.transpose(1, 2).flatten(2)), (k, v)
+
+
+def _rotate(x: Tensor, past: int) -> Tensor:
+    """Turn each pair of channels of x: (B, H, L, E) by an angle proportional to its position."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(past, past + x.shape[2], device=x.device).unsqueeze(1) * frequency  # (L, E/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+BACKBONES: dict[str, Callable[[int], nn.Module]] = {
+    "gated": GatedRecurrence, "ssm": SelectiveSSM, "attention": CausalAttention,
+}
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution over the last W tokens, then silu; its state is the last W-1 inputs."""
+
+    def __init__(self, d_model: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, d_model) / math.sqrt(width))
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        (B, L, D), W = x.shape, len(self.weight)
+        x = torch.cat([x.new_zeros(B, W - 1, D) if state is None else state, x], dim=1)
+        u = sum(self.weight[i] * x[:, i:i + L] for i in range(W))
+        return F.silu(u), x[:, L:]
+
+
+# ------------------------------------------------------------------------------------ 3. retrieval
+# 3a. Search: which K of the M chunks does each query want? A query at absolute position p may see
+#     chunk m only if the chunk ended before it: (m + 1)·U <= p.
+
+def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """The top_k best visible chunks of each query, one query at a time. The specification.
+
+    q: (B, L, S) queries at positions offset..offset+L-1, c: (B, M, S) one key per chunk, one floating
+    dtype; M = 0 is allowed. The score is the plain dot product; scale q yourself.
+    -> score: (B, L, top_k) best first, float32 (float64 for float64 inputs), index: (B, L, top_k) int64.
+    Equal scores: the lower index first. A slot with no visible chunk, and a score of NaN or -inf, which
+    never wins a slot: score -inf, index -1. Raises ValueError on other shapes and on top_k < 1.
+    """
+    _check_search(q, c, top_k, chunk_size, offset)
+    (B, L, _), M = q.shape, c.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    score = q.new_full((B, L, top_k), -math.inf, dtype=wide)
+    index = torch.full((B, L, top_k), -1, device=q.device)
+    for i in range(B):
+        for t in range(L):
+            visible = min(M, (offset + t) // chunk_size)
+            dots = _dot(q[i, t], c[i, :visible])
+            ranked = sorted((-s, m) for m, s in enumerate(dots.tolist()) if s > -math.inf)
+            for slot, (_, m) in enumerate(ranked[:top_k]):
+                score[i, t, slot], index[i, t, slot] = dots[m], m
+    return score, index
+
+
+def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """The same as search_naive for many queries at once; the (L, M) scores are never held whole.
+
+    Which chunks win is found without a graph, a block of queries at a time. The winners' scores are then
+    computed again with one: memory for the gradient grows with L·K, and only winners receive any.
+    """
+    _check_search(q, c, top_k, chunk_size, offset)
+    (B, L, S), M = q.shape, c.shape[1]
+    block = max(1, 2**22 // max(1, B * M * (S if q.dtype == torch.float64 else 1)))
+    with torch.no_grad():
+        index = torch.cat([
+            _top_chunks(_dots(q[:, t:t + block], c), top_k, chunk_size, offset + t) for t in range(0, L, block)
+        ], dim=1)
+    score = _dot(q.unsqueeze(2), _take_chunks(c, index))  # (B, L, K)
+    return score.masked_fill(index < 0, -math.inf), index
+
+
+def _top_chunks(score: Tensor, top_k: int, chunk_size: int, offset: int) -> Tensor:
+    """score: (B, L, M) -> index: (B, L, top_k). Takes the best and strikes it out, top_k times: torch.max
+    returns the first of equal values, where torch.topk returns any."""
+    (_, L, M), device = score.shape, score.device
+    visible = torch.arange(M, device=device) < (torch.arange(offset, offset + L, device=device) // chunk_size).unsqueeze(1)
+    score = score.masked_fill(~visible | score.isnan(), -math.inf)
+    winners = []
+    for _ in range(min(top_k, M)):
+        best, at = score.max(dim=-1, keepdim=True)
+        winners.append(at.masked_fill(best == -math.inf, -1))
+        score.scatter_(-1, at, -math.inf)
+    return F.pad(torch.cat(winners, dim=-1), (0, top_k - len(winners)), value=-1) if winners else \
+        torch.full((*score.shape[:2], top_k), -1, device=device)
+
+
+def _dot(q: Tensor, c: Tensor) -> Tensor:
+    """Dot products over the last dimension, summed in float64 and rounded to float32 (float64 inputs: as they are).
+
+    Two equal chunks must get the same score or the tie rule is void, and a sum in float32 does not promise
+    that: a matrix product adds up its edge columns in another order. Rounding hides the difference.
+    """
+    exact = torch.float32 if q.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    return (q.to(exact) * c.to(exact)).sum(-1).to(torch.promote_types(q.dtype, torch.float32))
+
+
+def _dots(q: Tensor, c: Tensor) -> Tensor:
+    """q: (B, L, S), c: (B, M, S) -> (B, L, M), all the dot products, in the precision of _dot."""
+    if q.dtype == torch.float64 or q.device.type == "mps":  # no wider type to hide a matrix product's rounding
+        return _dot(q.unsqueeze(2), c.unsqueeze(1))
+    return (q.double() @ c.double().mT).float()
+
+
+def _take_chunks(x: Tensor, index: Tensor) -> Tensor:
+    """x: (B, M, ...), index: (B, L, K) -> (B, L, K, ...), the chosen chunks. An empty slot takes chunk 0."""
+    (B, M), shape = x.shape[:2], x.shape[2:]
+    if M == 0:
+        return x.new_zeros(*index.shape, *shape)
+    rows = index.clamp(min=0) + M * torch.arange(B, device=index.device)[:, None, None]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, *shape)
+
+
+def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> None:
+    _check_positive("top_k", top_k)
+    _check_positive("chunk_size", chunk_size)
+    if q.ndim != 3 or c.ndim != 3 or q.shape[0] != c.shape[0] or q.shape[2] != c.shape[2] or q.shape[1] < 1:
+        raise ValueError(f"q and c must have shapes (B, L, S) with L >= 1 and (B, M, S), got {tuple(q.shape)} and {tuple(c.shape)}")
+    if q.dtype != c.dtype or q.device != c.device or not q.dtype.is_floating_point:
+        raise ValueError(f"q and c must share one floating dtype and one device, got {q.dtype} on {q.device} and {c.dtype} on {c.device}")
+    if offset < 0:
+        raise ValueError(f"offset must be at least 0, got {offset}")
+
+
+# 3b. Attend: each query reads the K·U tokens of its chunks. With s the score of a chunk and j a token in it,
+#         r = Σ_j p_j v_j,    p = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
+#     The second term lets the loss say "this chunk more, that one less": it trains the search.
+
+def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
+    """Attention to the tokens of the chosen chunks, one position at a time. The specification.
+
+    q: (B, L, H, E), k, v: (B, M, U, H, E) by chunk, score, index: (B, L, K) from a search
+    -> r: (B, L, H, E), exactly zero where no chunk was found.
+    """
+    B, L, H, E = q.shape
+    r = torch.zeros_like(q)
+    for i in range(B):
+        for t in range(L):
+            found = index[i, t] >= 0
+            if found.any():
+                chunks = index[i, t, found]
+                log_p = score[i, t, found].log_softmax(0).to(q.dtype)
+                logit = torch.einsum("he,nuhe->hnu", q[i, t], k[i, chunks]) / math.sqrt(E) + log_p[:, None]
+                p = logit.flatten(1).softmax(-1).view_as(logit)
+                r[i, t] = torch.einsum("hnu,nuhe->he", p, v[i, chunks])
+    return r
+
+
+def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
+    """The same as attend_naive for all positions at once, on gathered chunks: memory grows with L·K·U."""
+    B, L, H, E = q.shape
+    found = index >= 0  # (B, L, K)
+    some = found.any(-1, keepdim=True)  # (B, L, 1)
+    log_p = score.masked_fill(~some, 0).log_softmax(-1).to(q.dtype)  # (B, L, K), -inf in empty slots
+    k, v = _take_chunks(k, index), _take_chunks(v, index)  # (B, L, K, U, H, E)
+    logit = (q[:, :, None, None] * k).sum(-1) / math.sqrt(E) + log_p[..., None, None]  # (B, L, K, U, H)
+    p = logit.flatten(2, 3).softmax(2)  # (B, L, K·U, H)
+    r = (p.unsqueeze(-1) * v.flatten(2, 3)).sum(2)  # (B, L, H, E)
+    return r.masked_fill(~some.unsqueeze(-1), 0)
+
+
+# 3c. The branch: remember, search, attend, mix.
+
+class Memory(NamedTuple):
+    """What a retrieval branch has read: finished chunks, and the tokens of the unfinished one."""
+
+    c: Tensor  # (B, M, S) search keys
+    k: Tensor  # (B, M, U, H, E) token keys
+    v: Tensor  # (B, M, U, H, E) token values
+    u: Tensor  # (B, n + 1, D) short features of the n < U tokens after the last chunk, and of one before
+    x: Tensor  # (B, n, D) layer inputs of those n tokens
+
+
+class Retrieval(nn.Module):
+    """The parallel branch around a recurrent layer: output, state = module(x, u, y, state=None).
+
+    x: (B, L, D) layer input, u: short features of it (the backbone's input), y: the backbone's output
+    -> (1-α)·y + α·r. Put your own recurrence under it: nothing else about the backbone is used.
+    """
+
+    def __init__(self, config: ResonaConfig):
+        super().__init__()
+        D, S = config.d_model, config.d_search
+        self.config = config
+        self.search_query = nn.Linear(2 * D, S, bias=False)
+        self.search_key = nn.Sequential(nn.Linear((config.chunk_size + 1) * D, 2 * S), nn.SiLU(), nn.Linear(2 * S, S))
+        self.query = nn.Linear(2 * D, D, bias=False)
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.output = nn.Linear(D, D, bias=False)
+        self.alpha = nn.Linear(2 * D, 1)
+
+    def forward(self, x, u, y, state: Memory | None = None, top_k: int | None = None, trace: list | None = None):
+        memory = self.remember(x, u, state)
+        U, M = self.config.chunk_size, memory.c.shape[1]
+        offset = M * U + memory.x.shape[1] - x.shape[1]  # position of the first token of this call
+        asks = torch.cat([y, u], dim=-1)  # (B, L, 2D)
+        q = self.search_query(asks) / math.sqrt(self.config.d_search)
+        score, index = search_parallel(q, memory.c, top_k or self.config.top_k, U, offset)
+        r = attend_parallel(self.heads(self.query(asks)), memory.k, memory.v, score, index)
+        r = self.output(r.flatten(2))
+        alpha = torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), zero where nothing was found
+        if trace is not None:
+            trace.append({"index": index, "score": score, "alpha": alpha})
+        return (1 - alpha) * y + alpha * r, memory
+
+    def remember(self, x: Tensor, u: Tensor, past: Memory | None) -> Memory:
+        """Append L tokens: every chunk that they finish gets its keys and values."""
+        B, U, D = x.shape[0], self.config.chunk_size, x.shape[2]
+        u = torch.cat([x.new_zeros(B, 1, D) if past is None else past.u, u], dim=1)
+        x = x if past is None else torch.cat([past.x, x], dim=1)
+        n = x.shape[1] // U * U  # tokens of the chunks finished now
+        windows = u[:, :n + 1].unfold(1, U + 1, U).transpose(2, 3)  # (B, M, U + 1, D), from one token early
+        c = self.search_key(windows.flatten(2))  # (B, M, S)
+        k = self.heads(self.key(u[:, :n])).unflatten(1, (-1, U))  # key of token j from the features of j - 1
+        v = self.heads(self.value(x[:, :n])).unflatten(1, (-1, U))  # (B, M, U, H, E)
+        if past is not None:
+            c, k, v = (torch.cat(pair, dim=1) for pair in zip(past[:3], (c, k, v)))
+        return Memory(c, k, v, u[:, n:], x[:, n:])
+
+    def heads(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, H, E)
+        return x.unflatten(-1, (self.config.n_head, -1))
+
+
+# --------------------------------------------------------------------------- 4. the layer, the model
+class Layer(nn.Module):
+    """x + mix(backbone, retrieval), then x + MLP; its state is one tuple: (convolution, backbone, memory)."""
+
+    def __init__(self, config: ResonaConfig, retrieval: bool):
+        super().__init__()
+        D = config.d_model
+        make = config.backbone if callable(config.backbone) else BACKBONES[config.backbone]
+        self.norm = nn.RMSNorm(D)
+        self.conv = ShortConv(D, config.d_conv)
+        self.backbone = make(D, config.n_head) if make is CausalAttention else make(D)
+        self.retrieval = Retrieval(config) if retrieval else None
+        self.norm_mlp = nn.RMSNorm(D)
+        self.mlp = nn.Sequential(nn.Linear(D, config.d_ff), nn.SiLU(), nn.Linear(config.d_ff, D))
+
+    def forward(self, x: Tensor, state: tuple | None, top_k: int | None, trace: list | None) -> tuple[Tensor, tuple]:
+        conv, recurrent, memory = state or (None, None, None)
+        z = self.norm(x)
+        u, conv = self.conv(z, conv)
+        y, recurrent = self.backbone(u, recurrent)
+        if self.retrieval is not None:
+            y, memory = self.retrieval(z, u, y, memory, top_k, trace)
+        x = x + y
+        return x + self.mlp(self.norm_mlp(x)), (conv, recurrent, memory)
+
+
+@dataclass
+class State:
+    """What a model has read, as returned by model(tokens): pass it back to go on, and do not look inside."""
+
+    config: ResonaConfig
+    batch_size: int
+    layers: list[tuple]
+
+
+class Resona(nn.Module):
+    """A language model of recurrent layers with retrieval: logits, state = model(tokens, state=None)."""
+
+    def __init__(self, config: ResonaConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, i in config.retrieval_layers) for i in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, state: State | None = None, top_k: int | None = None) -> tuple[Tensor, State]:
+        """tokens: (B, L) int64 -> logits (B, L, vocab_size) for the token after each, and the state after all.
+
+        For every split, model(x) equals model(x[:, :i]) followed by model(x[:, i:], state). top_k replaces
+        config.top_k. Raises ValueError on tokens or a state that do not fit this model.
+        """
+        return self._run(tokens, state, top_k, None)
+
+    def _run(self, tokens, state, top_k, trace):
+        self._check(tokens, state, top_k)
+        x, layers = self.embedding(tokens), []  # (B, L, D)
+        for i, layer in enumerate(self.layers):
+            x, layer_state = layer(x, None if state is None else state.layers[i], top_k, trace)
+            layers.append(layer_state)
+        return self.head(self.norm(x)), State(self.config, len(tokens), layers)
+
+    def _check(self, tokens: Tensor, state: State | None, top_k: int | None) -> None:
+        if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
+            raise ValueError(f"tokens must be int64 of shape (B, L) with B, L >= 1, got {tokens.dtype} of shape {tuple(tokens.shape)}")
+        low, high = tokens.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"tokens must lie in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}")
+        if top_k is not None:
+            _check_positive("top_k", top_k)
+        if state is None:
+            return
+        if not isinstance(state, State) or state.config != self.config:
+            raise ValueError(f"state must come from a model of the same config, {self.config}, got one of {getattr(state, 'config', state)}")
+        if state.batch_size != len(tokens):
+            raise ValueError(f"state is of batch size {state.batch_size}, tokens are of batch size {len(tokens)}")
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0,
+                 generator: torch.Generator | None = None, top_k: int | None = None) -> Tensor:
+        """tokens: (B, L) -> (B, L + max_new_tokens), the prompt and its continuation.
+
+        Temperature 0 takes the likeliest token, otherwise tokens are drawn from softmax(logits / temperature).
+        The prompt is read once; each further token costs one step from the state.
+        """
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
+        new, state, out = tokens, None, [tokens]
+        for _ in range(max_new_tokens):
+            logits, state = self(new, state, top_k)
+            if temperature == 0:
+                new = logits[:, -1:].argmax(-1)
+            else:
+                new = torch.multinomial((logits[:, -1] / temperature).softmax(-1), 1, generator=generator)
+            out.append(new)
+        return torch.cat(out, dim=1)
+
+    @torch.no_grad()
+    def inspect(self, tokens: Tensor, top_k: int | None = None) -> list[dict[str, Tensor]]:
+        """What each retrieval layer did with tokens: (B, L), one dict a layer: the chunks it chose, "index" and
+        "score" (B, L, K), best first, -1 and -inf where there is none; and "alpha" (B, L, 1)."""
+        trace: list[dict[str, Tensor]] = []
+        self._run(tokens, None, top_k, trace)
+        return trace
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and config to one file."""
+        if callable(self.config.backbone):
+            raise ValueError("a model with a callable backbone cannot be saved: name it, BACKBONES['mine'] = ..., and use backbone='mine'")
+        torch.save({"format": "resona-1", "config": asdict(self.config), "weights": self.state_dict()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Resona":
+        """Read what save wrote; no code in the file is run. Raises FileNotFoundError or ValueError."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no checkpoint at {path}")
+        try:
+            data = torch.load(path, map_location=device, weights_only=True)
+            if data["format"] != "resona-1":
+                raise ValueError(f"format {data['format']!r}, expected 'resona-1'")
+            model = cls(ResonaConfig(**data["config"]))
+            model.load_state_dict(data["weights"])
+        except Exception as error:
+            raise ValueError(f"{path} is not a whole Resona checkpoint: {str(error).splitlines()[0]}") from error
+        return model.to(device)
