@@ -492,11 +492,12 @@ class Retrieval(nn.Module):
         B, U, D = x.shape[0], self.config.chunk_size, x.shape[2]
         u = torch.cat([x.new_zeros(B, 1, D) if past is None else past.u, u], dim=1)
         x = x if past is None else torch.cat([past.x, x], dim=1)
-        n = x.shape[1] // U * U  # tokens of the chunks finished now
-        windows = u[:, :n + 1].unfold(1, U + 1, U).transpose(2, 3)  # (B, M, U + 1, D), from one token early
-        c = self.search_key(windows.flatten(2))  # (B, M, S)
-        k = self.heads(self.key(u[:, :n])).unflatten(1, (-1, U))  # key of token j from the features of j - 1
-        v = self.heads(self.value(x[:, :n])).unflatten(1, (-1, U))  # (B, M, U, H, E)
+        M = x.shape[1] // U  # chunks finished now
+        n = M * U
+        windows = [u[:, :n].unflatten(1, (M, U)).flatten(2), u[:, U:n + 1:U]]  # U features, and the last one's
+        c = self.search_key(torch.cat(windows, dim=-1))  # (B, M, S)
+        k = self.heads(self.key(u[:, :n])).unflatten(1, (M, U))  # key of token j from the features of j - 1
+        v = self.heads(self.value(x[:, :n])).unflatten(1, (M, U))  # (B, M, U, H, E)
         if past is not None:
             c, k, v = (torch.cat(pair, dim=1) for pair in zip(past[:3], (c, k, v)))
         return Memory(c, k, v, u[:, n:], x[:, n:])
