@@ -67,18 +67,20 @@ class ResonaConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
             if field.type == "int":
-                _check_positive(field.name, value)
-        if self.d_model % self.n_head:
-            raise ValueError(f"d_model must be divisible by n_head, got d_model={self.d_model}, n_head={self.n_head}")
-        if self.backbone == "attention" and self.d_model // self.n_head % 2:
-            raise ValueError(f"rotary positions need an even head width, got d_model / n_head = {self.d_model // self.n_head}")
+                _check_positive(field.name, getattr(self, field.name))
+        D, H, layers = self.d_model, self.n_head, range(self.n_layer)
+        if D % H:
+            raise ValueError(f"d_model must be divisible by n_head, got d_model={D}, n_head={H}")
         if not callable(self.backbone) and self.backbone not in BACKBONES:
-            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, or a callable d_model -> nn.Module, got {self.backbone!r}")
-        for layer in self.retrieval_layers:
-            if not isinstance(layer, int) or not 0 <= layer < self.n_layer:
-                raise ValueError(f"retrieval must be True, False, None or layers in 0..{self.n_layer - 1}, got {self.retrieval!r}")
+            known = ", ".join(BACKBONES)
+            raise ValueError(f"backbone must be one of {known}, or a callable d_model -> module, got {self.backbone!r}")
+        if self.backbone == "attention" and D // H % 2:
+            raise ValueError(f"rotary positions need an even head width d_model / n_head, got {D} / {H} = {D // H}")
+        if self.retrieval is not None and not isinstance(self.retrieval, bool):
+            if not isinstance(self.retrieval, (list, tuple)) or not all(layer in layers for layer in self.retrieval):
+                raise ValueError(f"retrieval must be True, False, None or a list of layers in 0..{self.n_layer - 1}, "
+                                 f"got {self.retrieval!r}")
 
     @property
     def retrieval_layers(self) -> tuple[int, ...]:
@@ -191,12 +193,21 @@ def _scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = 
 
 def _check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
     if a.ndim != 3 or a.shape != b.shape or a.shape[1] < 1:
-        raise ValueError(f"a and b must share one shape (B, L, D) with L >= 1, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError("a and b must share one shape (B, L, D) with L >= 1, "
+                         f"got {tuple(a.shape)} and {tuple(b.shape)}")
     if h0 is not None and h0.shape != b[:, 0].shape:
         raise ValueError(f"h0 must have shape (B, D) = {tuple(b[:, 0].shape)}, got {tuple(h0.shape)}")
-    kinds = {(x.dtype, x.device) for x in (a, b, h0) if x is not None}
-    if len(kinds) > 1 or not b.dtype.is_floating_point:
-        raise ValueError(f"a, b and h0 must share one floating dtype and one device, got {' and '.join(f'{d} on {v}' for d, v in kinds)}")
+    _check_same_kind("a, b and h0", a, b, *([] if h0 is None else [h0]))
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")[:200]
+
+
+def _check_same_kind(names: str, *tensors: Tensor) -> None:
+    kinds = list(dict.fromkeys(f"{x.dtype} on {x.device}" for x in tensors))
+    if len(kinds) > 1 or not tensors[0].is_floating_point():
+        raise ValueError(f"{names} must share one floating dtype and one device, got {' and '.join(kinds)}")
 
 
 # ------------------------------------------------------------------------------------ 2. backbones
@@ -214,8 +225,8 @@ class GatedRecurrence(nn.Module):
         super().__init__()
         self.inputs = nn.Linear(d_model, 3 * d_model)
         self.output = nn.Linear(d_model, d_model, bias=False)
-        with torch.no_grad():  # memories from about 1 to 400 tokens long: 1 / (1 - sigmoid(bias))
-            self.inputs.bias[:d_model] = torch.linspace(0, 6, d_model)
+        with torch.no_grad():  # memories from about 2 to 50 tokens long: 1 / (1 - sigmoid(bias))
+            self.inputs.bias[:d_model] = torch.linspace(0, 4, d_model)
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, v, g = self.inputs(u).chunk(3, dim=-1)
@@ -295,7 +306,7 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution over the last W tokens, then silu; its state is the last W-1 inputs."""
+    """Causal depthwise convolution over the last W tokens; its state is the last W - 1 inputs."""
 
     def __init__(self, d_model: int, width: int):
         super().__init__()
@@ -304,8 +315,7 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         (B, L, D), W = x.shape, len(self.weight)
         x = torch.cat([x.new_zeros(B, W - 1, D) if state is None else state, x], dim=1)
-        u = sum(self.weight[i] * x[:, i:i + L] for i in range(W))
-        return F.silu(u), x[:, L:]
+        return sum(self.weight[i] * x[:, i:i + L] for i in range(W)), x[:, L:]
 
 
 # ------------------------------------------------------------------------------------ 3. retrieval
@@ -321,10 +331,9 @@ def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int 
     Equal scores: the lower index first. A slot with no visible chunk, and a score of NaN or -inf, which
     never wins a slot: score -inf, index -1. Raises ValueError on other shapes and on top_k < 1.
     """
-    _check_search(q, c, top_k, chunk_size, offset)
+    q, c = _check_search(q, c, top_k, chunk_size, offset)
     (B, L, _), M = q.shape, c.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    score = q.new_full((B, L, top_k), -math.inf, dtype=wide)
+    score = q.new_full((B, L, top_k), -math.inf)
     index = torch.full((B, L, top_k), -1, device=q.device)
     for i in range(B):
         for t in range(L):
@@ -342,7 +351,7 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
     Which chunks win is found without a graph, a block of queries at a time. The winners' scores are then
     computed again with one: memory for the gradient grows with L·K, and only winners receive any.
     """
-    _check_search(q, c, top_k, chunk_size, offset)
+    q, c = _check_search(q, c, top_k, chunk_size, offset)
     (B, L, S), M = q.shape, c.shape[1]
     block = max(1, 2**22 // max(1, B * M * (S if q.dtype == torch.float64 else 1)))
     with torch.no_grad():
@@ -356,26 +365,26 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
 def _top_chunks(score: Tensor, top_k: int, chunk_size: int, offset: int) -> Tensor:
     """score: (B, L, M) -> index: (B, L, top_k). Takes the best and strikes it out, top_k times: torch.max
     returns the first of equal values, where torch.topk returns any."""
-    (_, L, M), device = score.shape, score.device
-    visible = torch.arange(M, device=device) < (torch.arange(offset, offset + L, device=device) // chunk_size).unsqueeze(1)
+    (B, L, M), device = score.shape, score.device
+    ended = torch.arange(offset, offset + L, device=device) // chunk_size  # chunks that each query may see
+    visible = torch.arange(M, device=device) < ended.unsqueeze(1)  # (L, M)
     score = score.masked_fill(~visible | score.isnan(), -math.inf)
-    winners = []
-    for _ in range(min(top_k, M)):
+    index = torch.full((B, L, top_k), -1, device=device)
+    for slot in range(min(top_k, M)):
         best, at = score.max(dim=-1, keepdim=True)
-        winners.append(at.masked_fill(best == -math.inf, -1))
+        index[:, :, slot:slot + 1] = at.masked_fill(best == -math.inf, -1)
         score.scatter_(-1, at, -math.inf)
-    return F.pad(torch.cat(winners, dim=-1), (0, top_k - len(winners)), value=-1) if winners else \
-        torch.full((*score.shape[:2], top_k), -1, device=device)
+    return index
 
 
 def _dot(q: Tensor, c: Tensor) -> Tensor:
-    """Dot products over the last dimension, summed in float64 and rounded to float32 (float64 inputs: as they are).
+    """Dot products over the last dimension; float32 is summed in float64, then rounded.
 
     Two equal chunks must get the same score or the tie rule is void, and a sum in float32 does not promise
     that: a matrix product adds up its edge columns in another order. Rounding hides the difference.
     """
     exact = torch.float32 if q.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    return (q.to(exact) * c.to(exact)).sum(-1).to(torch.promote_types(q.dtype, torch.float32))
+    return (q.to(exact) * c.to(exact)).sum(-1).to(q.dtype)
 
 
 def _dots(q: Tensor, c: Tensor) -> Tensor:
@@ -394,15 +403,18 @@ def _take_chunks(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, *shape)
 
 
-def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> None:
+def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
+    """Raise on bad arguments -> q, c in float32 at least."""
     _check_positive("top_k", top_k)
     _check_positive("chunk_size", chunk_size)
     if q.ndim != 3 or c.ndim != 3 or q.shape[0] != c.shape[0] or q.shape[2] != c.shape[2] or q.shape[1] < 1:
-        raise ValueError(f"q and c must have shapes (B, L, S) with L >= 1 and (B, M, S), got {tuple(q.shape)} and {tuple(c.shape)}")
-    if q.dtype != c.dtype or q.device != c.device or not q.dtype.is_floating_point:
-        raise ValueError(f"q and c must share one floating dtype and one device, got {q.dtype} on {q.device} and {c.dtype} on {c.device}")
+        raise ValueError("q and c must have shapes (B, L, S) with L >= 1 and (B, M, S), "
+                         f"got {tuple(q.shape)} and {tuple(c.shape)}")
+    _check_same_kind("q and c", q, c)
     if offset < 0:
         raise ValueError(f"offset must be at least 0, got {offset}")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.to(wide), c.to(wide)
 
 
 # 3b. Attend: each query reads the K·U tokens of its chunks. With s the score of a chunk and j a token in it,
@@ -454,6 +466,29 @@ class Memory(NamedTuple):
     x: Tensor  # (B, n, D) layer inputs of those n tokens
 
 
+class ChunkEncoder(nn.Module):
+    """One search key per chunk from its window of U + 1 short features, unit length: Σ_j W u[j-1] + MLP(window).
+
+    The sum over the chunk's U tokens answers "is this in there?" from the first step on; the MLP adds what
+    depends on their order. The window ends with the features of the last token itself, so two chunks with
+    equal keys have equal tokens, and it does not matter which of them a tie goes to.
+    """
+
+    def __init__(self, d_model: int, chunk_size: int, d_search: int):
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.each = nn.Linear(d_model, d_search, bias=False)
+        self.order = nn.Sequential(
+            nn.Linear((chunk_size + 1) * d_model, 2 * d_search), nn.SiLU(), nn.Linear(2 * d_search, d_search))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u: (B, M·U + 1, D), from one token before the first chunk -> c: (B, M, S)."""
+        U, M = self.chunk_size, (u.shape[1] - 1) // self.chunk_size
+        inside = u[:, :M * U].unflatten(1, (M, U))  # (B, M, U, D), u[j-1] for each token j of the chunk
+        last = u[:, U:M * U + 1:U]  # (B, M, D), u[j] of its last token
+        return F.normalize(self.each(inside).sum(2) + self.order(torch.cat([inside.flatten(2), last], dim=-1)), dim=-1)
+
+
 class Retrieval(nn.Module):
     """The parallel branch around a recurrent layer: output, state = module(x, u, y, state=None).
 
@@ -466,26 +501,31 @@ class Retrieval(nn.Module):
         D, S = config.d_model, config.d_search
         self.config = config
         self.search_query = nn.Linear(2 * D, S, bias=False)
-        self.search_key = nn.Sequential(nn.Linear((config.chunk_size + 1) * D, 2 * S), nn.SiLU(), nn.Linear(2 * S, S))
+        self.search_key = ChunkEncoder(D, config.chunk_size, S)
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(10.0)))  # γ: scores lie in -γ..γ
         self.query = nn.Linear(2 * D, D, bias=False)
         self.key = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(D, D, bias=False)
         self.output = nn.Linear(D, D, bias=False)
         self.alpha = nn.Linear(2 * D, 1)
 
-    def forward(self, x, u, y, state: Memory | None = None, top_k: int | None = None, trace: list | None = None):
+    def forward(self, x: Tensor, u: Tensor, y: Tensor, state: Memory | None = None,
+                top_k: int | None = None, trace: list | None = None) -> tuple[Tensor, Memory]:
         memory = self.remember(x, u, state)
-        U, M = self.config.chunk_size, memory.c.shape[1]
-        offset = M * U + memory.x.shape[1] - x.shape[1]  # position of the first token of this call
+        offset = memory.c.shape[1] * self.config.chunk_size + memory.x.shape[1] - x.shape[1]  # p of the first token
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D)
-        q = self.search_query(asks) / math.sqrt(self.config.d_search)
-        score, index = search_parallel(q, memory.c, top_k or self.config.top_k, U, offset)
+        score, index = self.search(asks, memory, self.config.top_k if top_k is None else top_k, offset)
         r = attend_parallel(self.heads(self.query(asks)), memory.k, memory.v, score, index)
-        r = self.output(r.flatten(2))
+        r = self.output(r.flatten(2))  # (B, L, D)
         alpha = torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), zero where nothing was found
         if trace is not None:
             trace.append({"index": index, "score": score, "alpha": alpha})
         return (1 - alpha) * y + alpha * r, memory
+
+    def search(self, asks: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
+        """Score chunks by γ·cos(query, key). The cosine keeps one long key from winning every search."""
+        q = self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)
+        return search_parallel(q, memory.c, top_k, self.config.chunk_size, offset)
 
     def remember(self, x: Tensor, u: Tensor, past: Memory | None) -> Memory:
         """Append L tokens: every chunk that they finish gets its keys and values."""
@@ -494,12 +534,11 @@ class Retrieval(nn.Module):
         x = x if past is None else torch.cat([past.x, x], dim=1)
         M = x.shape[1] // U  # chunks finished now
         n = M * U
-        windows = [u[:, :n].unflatten(1, (M, U)).flatten(2), u[:, U:n + 1:U]]  # U features, and the last one's
-        c = self.search_key(torch.cat(windows, dim=-1))  # (B, M, S)
+        c = self.search_key(u[:, :n + 1])  # (B, M, S)
         k = self.heads(self.key(u[:, :n])).unflatten(1, (M, U))  # key of token j from the features of j - 1
         v = self.heads(self.value(x[:, :n])).unflatten(1, (M, U))  # (B, M, U, H, E)
-        if past is not None:
-            c, k, v = (torch.cat(pair, dim=1) for pair in zip(past[:3], (c, k, v)))
+        if past is not None:  # copied only when there is something to add, once in U single tokens
+            c, k, v = (torch.cat(pair, dim=1) if M else pair[0] for pair in zip(past[:3], (c, k, v)))
         return Memory(c, k, v, u[:, n:], x[:, n:])
 
     def heads(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, H, E)
@@ -569,17 +608,24 @@ class Resona(nn.Module):
         return self.head(self.norm(x)), State(self.config, len(tokens), layers)
 
     def _check(self, tokens: Tensor, state: State | None, top_k: int | None) -> None:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens must be an int64 tensor of shape (B, L), got a {type(tokens).__name__}")
         if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
-            raise ValueError(f"tokens must be int64 of shape (B, L) with B, L >= 1, got {tokens.dtype} of shape {tuple(tokens.shape)}")
-        low, high = tokens.aminmax()
+            raise ValueError("tokens must be int64 of shape (B, L) with B >= 1 and L >= 1, "
+                             f"got {tokens.dtype} of shape {tuple(tokens.shape)}")
+        low, high = tokens.aminmax()  # an id outside the embedding would be a device-side assert on a GPU
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(f"tokens must lie in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}")
         if top_k is not None:
             _check_positive("top_k", top_k)
         if state is None:
             return
-        if not isinstance(state, State) or state.config != self.config:
-            raise ValueError(f"state must come from a model of the same config, {self.config}, got one of {getattr(state, 'config', state)}")
+        if not isinstance(state, State):
+            raise TypeError(f"state must be what an earlier call of this model returned, got a {type(state).__name__}")
+        for field in fields(ResonaConfig):
+            theirs, ours = (getattr(config, field.name) for config in (state.config, self.config))
+            if theirs != ours:
+                raise ValueError(f"state comes from a model with {field.name}={theirs!r}, this one has {ours!r}")
         if state.batch_size != len(tokens):
             raise ValueError(f"state is of batch size {state.batch_size}, tokens are of batch size {len(tokens)}")
 
@@ -595,6 +641,7 @@ class Resona(nn.Module):
             raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
+        self._check(tokens, None, top_k)
         new, state, out = tokens, None, [tokens]
         for _ in range(max_new_tokens):
             logits, state = self(new, state, top_k)
@@ -616,7 +663,8 @@ class Resona(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write weights and config to one file."""
         if callable(self.config.backbone):
-            raise ValueError("a model with a callable backbone cannot be saved: name it, BACKBONES['mine'] = ..., and use backbone='mine'")
+            raise ValueError("a model with a callable backbone cannot be saved: give it a name, "
+                             "BACKBONES['mine'] = ..., and use backbone='mine'")
         torch.save({"format": "resona-1", "config": asdict(self.config), "weights": self.state_dict()}, path)
 
     @classmethod
@@ -631,5 +679,5 @@ class Resona(nn.Module):
             model = cls(ResonaConfig(**data["config"]))
             model.load_state_dict(data["weights"])
         except Exception as error:
-            raise ValueError(f"{path} is not a whole Resona checkpoint: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} is not a whole Resona checkpoint: {_one_line(error)}") from error
         return model.to(device)
