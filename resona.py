@@ -73,14 +73,14 @@ class ResonaConfig:
         if D % H:
             raise ValueError(f"d_model must be divisible by n_head, got d_model={D}, n_head={H}")
         if not callable(self.backbone) and self.backbone not in BACKBONES:
-            known = ", ".join(BACKBONES)
-            raise ValueError(f"backbone must be one of {known}, or a callable d_model -> module, got {self.backbone!r}")
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, or a callable "
+                             f"d_model -> nn.Module, got {self.backbone!r}")
         if self.backbone == "attention" and D // H % 2:
-            raise ValueError(f"rotary positions need an even head width d_model / n_head, got {D} / {H} = {D // H}")
-        if self.retrieval is not None and not isinstance(self.retrieval, bool):
-            if not isinstance(self.retrieval, (list, tuple)) or not all(layer in layers for layer in self.retrieval):
-                raise ValueError(f"retrieval must be True, False, None or a list of layers in 0..{self.n_layer - 1}, "
-                                 f"got {self.retrieval!r}")
+            raise ValueError(f"rotary positions need an even d_model / n_head, got {D} / {H} = {D // H}")
+        listed = isinstance(self.retrieval, (list, tuple)) and all(layer in layers for layer in self.retrieval)
+        if self.retrieval is not None and not isinstance(self.retrieval, bool) and not listed:
+            raise ValueError("retrieval must be True, False, None or a list of layers "
+                             f"in 0..{self.n_layer - 1}, got {self.retrieval!r}")
 
     @property
     def retrieval_layers(self) -> tuple[int, ...]:
@@ -232,7 +232,7 @@ class GatedRecurrence(nn.Module):
         a, v, g = self.inputs(u).chunk(3, dim=-1)
         a = torch.sigmoid(a)
         h = scan_parallel(a, (1 - a) * v, h0)  # (B, L, D)
-        return self.output(h * F.silu(g)), h[:, -1]
+        return self.output(h * F.silu(g)), h[:, -1].clone()
 
 
 class SelectiveSSM(nn.Module):
@@ -261,7 +261,7 @@ class SelectiveSSM(nn.Module):
         b = (delta * u).unsqueeze(-1) * b.unsqueeze(2)  # (B, L, D, N)
         h = scan_parallel(a.flatten(2), b.flatten(2), h0)  # (B, L, D·N)
         y = (h.unflatten(2, (-1, self.d_state)) * c.unsqueeze(2)).sum(-1) + self.skip * u
-        return self.output(y * F.silu(self.gate(u))), h[:, -1]
+        return self.output(y * F.silu(self.gate(u))), h[:, -1].clone()
 
 
 class CausalAttention(nn.Module):
@@ -276,7 +276,7 @@ class CausalAttention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.output = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, u: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, u: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple]:
         L, past = u.shape[1], 0 if state is None else state[0].shape[2]
         q, k, v = self.qkv(u).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, E)
         q, k = _rotate(q, past), _rotate(k, past)
@@ -315,14 +315,17 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         (B, L, D), W = x.shape, len(self.weight)
         x = torch.cat([x.new_zeros(B, W - 1, D) if state is None else state, x], dim=1)
-        return sum(self.weight[i] * x[:, i:i + L] for i in range(W)), x[:, L:]
+        u = sum(self.weight[i] * x[:, i:i + L] for i in range(W))
+        return u, x[:, L:].clone()  # a view would keep all of x alive in the state
 
 
 # ------------------------------------------------------------------------------------ 3. retrieval
 # 3a. Search: which K of the M chunks does each query want? A query at absolute position p may see
 #     chunk m only if the chunk ended before it: (m + 1)·U <= p.
 
-def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+def search_naive(
+    q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0
+) -> tuple[Tensor, Tensor]:
     """The top_k best visible chunks of each query, one query at a time. The specification.
 
     q: (B, L, S) queries at positions offset..offset+L-1, c: (B, M, S) one key per chunk, one floating
@@ -345,7 +348,9 @@ def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int 
     return score, index
 
 
-def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+def search_parallel(
+    q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0
+) -> tuple[Tensor, Tensor]:
     """The same as search_naive for many queries at once; the (L, M) scores are never held whole.
 
     Which chunks win is found without a graph, a block of queries at a time. The winners' scores are then
@@ -355,9 +360,8 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
     (B, L, S), M = q.shape, c.shape[1]
     block = max(1, 2**22 // max(1, B * M * (S if q.dtype == torch.float64 else 1)))
     with torch.no_grad():
-        index = torch.cat([
-            _top_chunks(_dots(q[:, t:t + block], c), top_k, chunk_size, offset + t) for t in range(0, L, block)
-        ], dim=1)
+        index = torch.cat([_top_chunks(_dots(q[:, t:t + block], c), top_k, chunk_size, offset + t)
+                           for t in range(0, L, block)], dim=1)
     score = _dot(q.unsqueeze(2), _take_chunks(c, index))  # (B, L, K)
     return score.masked_fill(index < 0, -math.inf), index
 
@@ -389,7 +393,7 @@ def _dot(q: Tensor, c: Tensor) -> Tensor:
 
 def _dots(q: Tensor, c: Tensor) -> Tensor:
     """q: (B, L, S), c: (B, M, S) -> (B, L, M), all the dot products, in the precision of _dot."""
-    if q.dtype == torch.float64 or q.device.type == "mps":  # no wider type to hide a matrix product's rounding
+    if q.dtype == torch.float64 or q.device.type == "mps":  # no wider type to hide a matrix product's order
         return _dot(q.unsqueeze(2), c.unsqueeze(1))
     return (q.double() @ c.double().mT).float()
 
@@ -467,9 +471,9 @@ class Memory(NamedTuple):
 
 
 class ChunkEncoder(nn.Module):
-    """One search key per chunk from its window of U + 1 short features, unit length: Σ_j W u[j-1] + MLP(window).
+    """One search key of unit length per chunk, from its window of U + 1 features: Σ_j W u[j-1] + MLP(window).
 
-    The sum over the chunk's U tokens answers "is this in there?" from the first step on; the MLP adds what
+    The sum over the chunk's tokens j answers "is this in there?" from the first step on; the MLP adds what
     depends on their order. The window ends with the features of the last token itself, so two chunks with
     equal keys have equal tokens, and it does not matter which of them a tie goes to.
     """
@@ -486,7 +490,8 @@ class ChunkEncoder(nn.Module):
         U, M = self.chunk_size, (u.shape[1] - 1) // self.chunk_size
         inside = u[:, :M * U].unflatten(1, (M, U))  # (B, M, U, D), u[j-1] for each token j of the chunk
         last = u[:, U:M * U + 1:U]  # (B, M, D), u[j] of its last token
-        return F.normalize(self.each(inside).sum(2) + self.order(torch.cat([inside.flatten(2), last], dim=-1)), dim=-1)
+        window = torch.cat([inside.flatten(2), last], dim=-1)  # (B, M, (U + 1)·D)
+        return F.normalize(self.each(inside).sum(2) + self.order(window), dim=-1)
 
 
 class Retrieval(nn.Module):
@@ -512,12 +517,13 @@ class Retrieval(nn.Module):
     def forward(self, x: Tensor, u: Tensor, y: Tensor, state: Memory | None = None,
                 top_k: int | None = None, trace: list | None = None) -> tuple[Tensor, Memory]:
         memory = self.remember(x, u, state)
-        offset = memory.c.shape[1] * self.config.chunk_size + memory.x.shape[1] - x.shape[1]  # p of the first token
+        read = memory.c.shape[1] * self.config.chunk_size + memory.x.shape[1]  # tokens so far, these included
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D)
-        score, index = self.search(asks, memory, self.config.top_k if top_k is None else top_k, offset)
+        top_k = self.config.top_k if top_k is None else top_k
+        score, index = self.search(asks, memory, top_k, offset=read - x.shape[1])
         r = attend_parallel(self.heads(self.query(asks)), memory.k, memory.v, score, index)
         r = self.output(r.flatten(2))  # (B, L, D)
-        alpha = torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), zero where nothing was found
+        alpha = torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 where nothing was found
         if trace is not None:
             trace.append({"index": index, "score": score, "alpha": alpha})
         return (1 - alpha) * y + alpha * r, memory
@@ -539,7 +545,7 @@ class Retrieval(nn.Module):
         v = self.heads(self.value(x[:, :n])).unflatten(1, (M, U))  # (B, M, U, H, E)
         if past is not None:  # copied only when there is something to add, once in U single tokens
             c, k, v = (torch.cat(pair, dim=1) if M else pair[0] for pair in zip(past[:3], (c, k, v)))
-        return Memory(c, k, v, u[:, n:], x[:, n:])
+        return Memory(c, k, v, u[:, n:].clone(), x[:, n:].clone())
 
     def heads(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, H, E)
         return x.unflatten(-1, (self.config.n_head, -1))
@@ -560,7 +566,7 @@ class Layer(nn.Module):
         self.norm_mlp = nn.RMSNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.d_ff), nn.SiLU(), nn.Linear(config.d_ff, D))
 
-    def forward(self, x: Tensor, state: tuple | None, top_k: int | None, trace: list | None) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, state: tuple | None, top_k: int | None, trace: list | None):
         conv, recurrent, memory = state or (None, None, None)
         z = self.norm(x)
         u, conv = self.conv(z, conv)
@@ -587,11 +593,14 @@ class Resona(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Layer(config, i in config.retrieval_layers) for i in range(config.n_layer))
+        retrieval = config.retrieval_layers
+        self.layers = nn.ModuleList(Layer(config, i in retrieval) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, state: State | None = None, top_k: int | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: State | None = None, top_k: int | None = None
+    ) -> tuple[Tensor, State]:
         """tokens: (B, L) int64 -> logits (B, L, vocab_size) for the token after each, and the state after all.
 
         For every split, model(x) equals model(x[:, :i]) followed by model(x[:, i:], state). top_k replaces
@@ -615,26 +624,31 @@ class Resona(nn.Module):
                              f"got {tokens.dtype} of shape {tuple(tokens.shape)}")
         low, high = tokens.aminmax()  # an id outside the embedding would be a device-side assert on a GPU
         if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(f"tokens must lie in 0..{self.config.vocab_size - 1}, got {int(low)}..{int(high)}")
+            raise ValueError(f"tokens must lie in 0..{self.config.vocab_size - 1}, "
+                             f"got {int(low)}..{int(high)}")
         if top_k is not None:
             _check_positive("top_k", top_k)
         if state is None:
             return
         if not isinstance(state, State):
-            raise TypeError(f"state must be what an earlier call of this model returned, got a {type(state).__name__}")
+            raise TypeError("state must be what an earlier call of this model returned, "
+                            f"got a {type(state).__name__}")
         for field in fields(ResonaConfig):
             theirs, ours = (getattr(config, field.name) for config in (state.config, self.config))
-            if theirs != ours:
-                raise ValueError(f"state comes from a model with {field.name}={theirs!r}, this one has {ours!r}")
+            if theirs != ours and field.name != "top_k":
+                raise ValueError(f"state comes from a model with {field.name}={theirs!r}, not {ours!r}")
         if state.batch_size != len(tokens):
-            raise ValueError(f"state is of batch size {state.batch_size}, tokens are of batch size {len(tokens)}")
+            raise ValueError(f"state is of batch size {state.batch_size}, "
+                             f"tokens are of batch size {len(tokens)}")
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0,
-                 generator: torch.Generator | None = None, top_k: int | None = None) -> Tensor:
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0,
+        generator: torch.Generator | None = None, top_k: int | None = None,
+    ) -> Tensor:
         """tokens: (B, L) -> (B, L + max_new_tokens), the prompt and its continuation.
 
-        Temperature 0 takes the likeliest token, otherwise tokens are drawn from softmax(logits / temperature).
+        Temperature 0 takes the likeliest token; otherwise they are drawn from softmax(logits / temperature).
         The prompt is read once; each further token costs one step from the state.
         """
         if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -654,8 +668,8 @@ class Resona(nn.Module):
 
     @torch.no_grad()
     def inspect(self, tokens: Tensor, top_k: int | None = None) -> list[dict[str, Tensor]]:
-        """What each retrieval layer did with tokens: (B, L), one dict a layer: the chunks it chose, "index" and
-        "score" (B, L, K), best first, -1 and -inf where there is none; and "alpha" (B, L, 1)."""
+        """What each retrieval layer did with tokens: (B, L), one dict a layer: the chunks it chose, "index"
+        and "score" (B, L, K), best first, -1 and -inf where there is none; and "alpha" (B, L, 1)."""
         trace: list[dict[str, Tensor]] = []
         self._run(tokens, None, top_k, trace)
         return trace

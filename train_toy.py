@@ -1,16 +1,17 @@
 """Train a recurrence, the same recurrence with retrieval, and a Transformer to copy; then compare them.
 
-    python train_toy.py                                    # all three on copying, about 2 minutes on 2 CPU cores
+    python train_toy.py                                    # all three, about two minutes on 2 CPU cores
     python train_toy.py --model resona --backbone ssm      # one of them, another backbone
     python train_toy.py --steps 2000 --out out/long        # longer; the schedule follows
     python train_toy.py --steps 2000 --out out/long --resume    # go on after Ctrl-C or a crash
 
-Writes results.json, <model>.pt (read it with resona.Resona.load) and <model>.train.pt (for --resume) to --out.
+Writes to --out: results.json, <model>.pt (read it with resona.Resona.load), <model>.train.pt (for --resume).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -30,14 +31,14 @@ from tqdm import tqdm
 from resona import BACKBONES, Resona, ResonaConfig
 
 # --------------------------------------------------------------------------------- hyper-parameters
-STEPS = 400         # enough for Resona to copy 32 letters; the other two still get the same
+STEPS = 400         # of each model; Resona copies 32 letters after 100 of them
 BATCH = 16          # rows of
 ROW = 220           # tokens: three to twenty strings each, and 55 chunks to search, many more than top_k
 MIN_LEN, MAX_LEN = 4, 32    # of a training string; evaluation goes to 16 times the longest
 EVAL = {32: 128, 64: 64, 128: 32, 256: 16, 512: 16}     # letters in a string: strings
 TRAIN_TOP_K, EVAL_TOP_K = 4, 16     # Resona may open more chunks of a long string than it was trained to
 WARMUP = 20         # steps of rising learning rate, which then falls linearly to zero
-LR = {"recurrence": 3e-3, "resona": 3e-3, "transformer": 3e-3}
+LR = {"recurrence": 5e-3, "resona": 3e-3, "transformer": 5e-3}   # best of 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, seed 0
 MODELS = tuple(LR)
 
 # ------------------------------------------------------------------------------------------ the task
@@ -91,19 +92,22 @@ def inputs_and_targets(rows: np.ndarray, scored: np.ndarray) -> tuple[Tensor, Te
 
 # ---------------------------------------------------------------------------------------- the models
 def make_model(name: str, backbone: str) -> Resona:
-    """All three have about the same number of parameters: what Resona spends on retrieval, the other two
-    spend on a wider MLP. They share the short convolution and everything else."""
+    """All three have the same number of parameters, within 1 %, the same short convolution and everything
+    else: what Resona spends on retrieval the other two spend on width, and so on a larger state."""
     resona = ResonaConfig(VOCAB, backbone=backbone, top_k=TRAIN_TOP_K)
     if name == "resona":
         return Resona(resona)
-    backbone = "attention" if name == "transformer" else backbone
 
-    def build(d_ff: int) -> Resona:
-        return Resona(ResonaConfig(VOCAB, backbone=backbone, retrieval=False, d_ff=d_ff))
+    def build(d_model: int, d_ff: int) -> Resona:
+        return Resona(ResonaConfig(VOCAB, d_model=d_model, d_ff=d_ff, retrieval=False,
+                                   backbone="attention" if name == "transformer" else backbone))
 
     with torch.device("meta"):  # shapes without memory, to count
-        target, none, one = (count(m) for m in (Resona(resona), build(1), build(2)))
-    return build(1 + round((target - none) / (one - none)))
+        target, d_model = count(Resona(resona)), resona.d_model
+        while count(build(d_model + 8, int(1.5 * (d_model + 8)))) <= target:
+            d_model += 8
+        thin, one_more = count(build(d_model, 1)), count(build(d_model, 2))
+    return build(d_model, 1 + round((target - thin) / (one_more - thin)))
 
 
 def count(model: Resona) -> int:
@@ -111,106 +115,132 @@ def count(model: Resona) -> int:
 
 
 # ---------------------------------------------------------------------------------------- training
-class Interrupted(Exception):
-    """The user asked to stop; everything up to here is saved."""
-
-
 def train(name: str, model: Resona, args: argparse.Namespace) -> float:
-    """Train on the same batches as every other model of this seed -> seconds it took, over all resumptions."""
+    """Train on the same batches as every other model of this seed -> seconds, those before --resume too."""
     path = args.out / f"{name}.train.pt"
-    flags = {"task": args.task, "model": name, "backbone": args.backbone, "steps": args.steps, "lr": args.lr[name], "seed": args.seed}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr[name], betas=(0.9, 0.99), weight_decay=0.01)
+    flags = {"task": args.task, "model": name, "backbone": args.backbone, "steps": args.steps,
+             "lr": args.lr[name], "seed": args.seed}
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     rng = np.random.default_rng([args.seed, 0])
-    first, before = 0, 0.0
+    done, seconds = 0, 0.0
     if args.resume and path.exists():
         saved = read_training_state(path, flags, args.device)
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         rng.bit_generator.state = saved["rng"]
-        first, before = saved["step"], saved["seconds"]
-
-    def save(step: int) -> None:
-        write(path, lambda temporary: torch.save({
-            "flags": flags, "step": step, "seconds": before + time.perf_counter() - start,
-            "weights": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.bit_generator.state}, temporary))
-
-    stop = []  # a signal only leaves a mark: the step in hand is finished, then saved
-    old = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    start = time.perf_counter()
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=f"{name:<11}", ncols=100, unit="step")
-    try:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr[name] * min((step + 1) / WARMUP, 1 - step / args.steps)
-            inputs, targets = (x.to(args.device) for x in copy_batch(rng))
-            logits, _ = model(inputs)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if step % 10 == 9 or step + 1 == args.steps:
-                right = (logits.argmax(-1) == targets).sum() / (targets != IGNORE).sum()
-                bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {right.item():.3f}")
-            if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                save(step + 1)
-            if stop:
+        done, seconds = saved["done"], saved["seconds"]
+    with StopSignal() as stop, progress(args.steps, name, "step", done) as bar:
+        while done < args.steps:
+            start = time.perf_counter()
+            lr = args.lr[name] * min((done + 1) / WARMUP, 1 - done / args.steps)
+            loss, accuracy = train_step(model, optimizer, lr, *(x.to(args.device) for x in copy_batch(rng)))
+            done += 1
+            if done % 10 == 0 or done == args.steps:
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}")
+            bar.update()
+            seconds += time.perf_counter() - start
+            if stop.asked or done % args.save_every == 0 or done == args.steps:
+                state = {"flags": flags, "done": done, "seconds": seconds, "weights": model.state_dict(),
+                         "optimizer": optimizer.state_dict(), "rng": rng.bit_generator.state}
+                write(path, lambda new: torch.save(state, new))
+            if stop.asked:
                 raise Interrupted
-    finally:
-        bar.close()
-        for number, handler in old.items():
-            signal.signal(number, handler)
     write(args.out / f"{name}.pt", model.save)
-    return before + time.perf_counter() - start
+    return seconds
+
+
+def train_step(
+    model: Resona, optimizer: torch.optim.Optimizer, lr: float, inputs: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One update at this learning rate -> loss and accuracy before it, over the scored tokens."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    logits, _ = model(inputs)  # (BATCH, ROW, VOCAB)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach(), (logits.argmax(-1) == targets).sum() / (targets != IGNORE).sum()
+
+
+class Interrupted(Exception):
+    """The user asked to stop; everything up to here is saved."""
+
+
+class StopSignal:
+    """Inside, Ctrl-C and SIGTERM only leave a mark in .asked: the step in hand is finished, then saved."""
+
+    def __enter__(self) -> "StopSignal":
+        self.asked = False
+        self.old = {number: signal.signal(number, self.mark) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def mark(self, *_) -> None:
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
+    return tqdm(total=total, initial=done, desc=f"{name:<11}", ncols=100, unit=unit)
 
 
 def read_training_state(path: Path, flags: dict[str, Any], device: str) -> dict[str, Any]:
+    """What train wrote, if it was with these flags. No code in the file is run."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         was = saved["flags"]
     except Exception as error:
-        raise UserError(f"{path} is not a whole training state: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--resume: {path} is not a whole training state ({type(error).__name__})") from error
     for flag, value in flags.items():
         if was.get(flag) != value:
             raise UserError(f"--resume: {path} was trained with {flag} {was.get(flag)}, now it is {value}")
     return saved
 
 
-def write(path: Path, save: Callable[[Path], None]) -> None:
+def write(path: Path, save: Callable[[Path], Any]) -> None:
     """Write a new file beside path, flush it to the disk, then rename: path is always whole."""
-    temporary = path.with_name(path.name + ".new")
-    save(temporary)
-    with open(temporary, "rb+") as file:
+    new = path.with_name(path.name + ".new")
+    save(new)
+    with open(new, "rb+") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(new, path)
 
 
 # -------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(model: Resona, length: int, seed: int, device: str, top_k: int | None) -> dict[str, float]:
-    """Accuracy on strings of one length: of the answer's letters and END, each given the right ones before it
-    (token), of whole answers (sequence: so also those it generates without a mistake), and of the letters
-    and END that the model generates after the separator, where one mistake may lead to the next (generated)."""
-    inputs, targets = (x.to(device) for x in copy_eval(np.random.default_rng([seed, 1, length]), length, EVAL[length]))
-    scored = targets != IGNORE
+    """Accuracy on strings of one length: of the answer's letters and END, each given the right ones before
+    it (token); of whole answers (sequence), and so of those generated without a mistake; and of the letters
+    and END that the model generates by itself, where one mistake may lead to the next (generated)."""
+    rng = np.random.default_rng([seed, 1, length])
+    inputs, targets = (x.to(device) for x in copy_eval(rng, length, EVAL[length]))
+    answer = slice(length + 1, None)  # the last prompt token, the separator, predicts the first letter
     right, written = [], []
-    for x, y in zip(inputs.split(16), targets.split(16)):  # a few rows at a time: attention takes L·K·U memory
-        right.append(model(x, top_k=top_k)[0].argmax(-1) == y)
-        written.append(model.generate(x[:, :length + 2], length + 1, top_k=top_k)[:, length + 2:] == y[:, length + 1:])
+    for x, y in zip(inputs.split(16), targets[:, answer].split(16)):  # attention takes L·K·U memory a row
+        right.append(model(x, top_k=top_k)[0][:, answer].argmax(-1) == y)
+        text = model.generate(x[:, :length + 2], length + 1, top_k=top_k)
+        written.append(text[:, length + 2:] == y)
     right, written = torch.cat(right), torch.cat(written)
     return {
-        "token_accuracy": right[scored].float().mean().item(),
-        "sequence_accuracy": (right | ~scored).all(1).float().mean().item(),
+        "token_accuracy": right.float().mean().item(),
+        "sequence_accuracy": right.all(1).float().mean().item(),
         "generated_accuracy": written.float().mean().item(),
     }
 
 
-def table(scores: dict[tuple, dict[str, dict[str, float]]], parameters: dict[str, int], seconds: dict[str, float]) -> str:
+Scores = dict[tuple[str, "int | None"], dict[str, dict[str, float]]]  # (model, top_k) -> length -> score
+
+
+def table(scores: Scores, parameters: dict[str, int], seconds: dict[str, float]) -> str:
     """One line per model and score, one column per length."""
     lines = [f"{'accuracy by letters in the string':<42}" + "".join(f"{length:>9}" for length in EVAL)]
     for (name, top_k), by_length in scores.items():
         detail = f"top_k {top_k or TRAIN_TOP_K}" if name == "resona" else ""
-        facts = [f"{name:<12}{detail}", f"  {parameters[name]:,} parameters", f"  trained in {seconds[name]:.0f} s"]
+        facts = [f"{name:<12}{detail}", f"  {parameters[name]:,} parameters", f"  {seconds[name]:.0f} s of training"]
         for fact, score in zip(facts, ["token", "sequence", "generated"]):
             cells = "".join(f"{by_length[str(length)][score + '_accuracy']:>9.3f}" for length in EVAL)
             lines.append(f"{fact:<30}{score:<12}{cells}")
@@ -241,28 +271,31 @@ def number(kind: Callable, low: float, what: str) -> Callable[[str], Any]:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description="Train a recurrence, Resona and a Transformer of equal size to copy, and compare them.",
-                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(allow_abbrev=False, description="Train a recurrence, Resona and a Transformer of equal size to copy.")
     positive = number(int, 1, "a whole number of at least 1")
+    not_negative = number(int, 0, "a whole number of at least 0")
+    swept = ", ".join(f"{lr:g} for {name}" for name, lr in LR.items())
     parser.add_argument("--task", choices=["copy"], default="copy", help="what to learn")
-    parser.add_argument("--model", choices=[*MODELS, "all"], default="all", help="which to train")
-    parser.add_argument("--backbone", choices=[b for b in BACKBONES if b != "attention"], default="gated",
-                        help="the recurrence, with and without retrieval")
-    parser.add_argument("--steps", type=positive, default=STEPS, help="training steps of each model")
-    parser.add_argument("--lr", type=number(float, 0, "a number above 0"), help="peak learning rate, for every model; "
-                        "if left out, the best of a sweep: " + ", ".join(f"{m} {r:g}" for m, r in LR.items()))
-    parser.add_argument("--seed", type=number(int, 0, "a whole number of at least 0"), default=0, help="of weights and data")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; if left out, a CUDA GPU if there is one, else the CPU")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for results.json and checkpoints")
+    parser.add_argument("--model", choices=[*MODELS, "all"], default="all", help="which to train (default: all)")
+    parser.add_argument("--backbone", choices=[name for name in BACKBONES if name != "attention"], default="gated",
+                        help="the recurrence, with and without retrieval (default: gated)")
+    parser.add_argument("--steps", type=positive, default=STEPS, help=f"of training, each model (default: {STEPS})")
+    parser.add_argument("--lr", type=number(float, 0, "a number above 0"),
+                        help=f"peak learning rate (default: {swept}, the best of a sweep)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of weights and data (default: 0)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     parser.add_argument("--resume", action="store_true", help="go on from the training state in --out")
-    parser.add_argument("--save-every", type=positive, default=100, help="steps between training states")
+    parser.add_argument("--save-every", type=positive, default=100, metavar="N",
+                        help="steps between training states (default: 100)")
     args = parser.parse_args(argv)
     args.lr = LR if args.lr is None else dict.fromkeys(MODELS, args.lr)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except Exception as error:
-        raise UserError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        raise UserError(f"--device {args.device} cannot be used here: {why}") from error
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
@@ -285,18 +318,21 @@ def main(argv: list[str]) -> None:
         seconds[name] = train(name, models[name], args)
     runs = [(name, EVAL_TOP_K if name == "resona" else None) for name in names]
     runs += [("resona", None)] if "resona" in names else []  # None: as trained
-    scores: dict[tuple, dict[str, dict[str, float]]] = {run: {} for run in runs}
-    for (name, top_k), length in tqdm([(run, length) for run in runs for length in EVAL], desc=f"{'evaluation':<11}",
-                                      ncols=100, unit="test"):
-        scores[name, top_k][str(length)] = evaluate(models[name], length, args.seed, args.device, top_k)
+    scores: Scores = {run: {} for run in runs}
+    with progress(len(runs) * len(EVAL), "evaluation", "test") as bar:
+        for (name, top_k), length in itertools.product(runs, EVAL):
+            scores[name, top_k][str(length)] = evaluate(models[name], length, args.seed, args.device, top_k)
+            bar.update()
     parameters = {name: count(model) for name, model in models.items()}
     results = {name: scores[name, top_k] for name, top_k in runs if top_k or name != "resona"}
     report = {
-        "task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__, "steps": args.steps,
-        "lr": {name: args.lr[name] for name in names}, "train_seconds": seconds, "parameters": parameters, "results": results,
+        "task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,
+        "train_seconds": seconds, "parameters": parameters, "results": results,
+        "steps": args.steps, "lr": {name: args.lr[name] for name in names},
     }
     if "resona" in names:
-        report |= {"top_k": EVAL_TOP_K, "trained_top_k": TRAIN_TOP_K, "resona_at_trained_top_k": scores["resona", None]}
+        report["top_k"] = {"training": TRAIN_TOP_K, "evaluation": EVAL_TOP_K}
+        report["resona_at_training_top_k"] = scores["resona", None]
     write(args.out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
     print("\n" + table(scores, parameters, seconds))
     print(f"\nwritten to {args.out}: results.json, {', '.join(f'{name}.pt' for name in names)}")
