@@ -124,6 +124,7 @@ def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
     Two steps of the recurrence compose into one, h -> (a₂a₁)·h + (a₂b₁ + b₂), so a block of steps is
     summed up by two numbers per channel: the product of its a, and where it ends if it starts at zero.
+    That product of √L factors must not overflow: any |a| <= 1 is safe.
     """
     _check_scan(a, b, h0)
     wide = torch.promote_types(b.dtype, torch.float32)
@@ -178,15 +179,15 @@ def _scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = 
 
     if L:
         a_steps, b_steps, out_steps = steps(a), steps(b), steps(out)
-        end = torch.zeros_like(b_steps[0])
-        product = torch.ones_like(end)
+        b_block = torch.zeros_like(b_steps[0])  # (B, n, D), where each block ends
+        a_block = torch.ones_like(b_block)  # the product of its a
         for a_t, b_t in zip(a_steps, b_steps):
-            torch.addcmul(b_t, a_t, end, out=end)
-            product.mul_(a_t)
-        start, h = torch.empty_like(end), h0
-        for p, e, s in zip(*(x.unbind(1)[::order] for x in (product, end, start))):
-            s.copy_(h)
-            h = torch.addcmul(e, p, h)
+            torch.addcmul(b_t, a_t, b_block, out=b_block)
+            a_block.mul_(a_t)
+        start, h = torch.empty_like(b_block), h0
+        for a_m, b_m, start_m in zip(*(x.unbind(1)[::order] for x in (a_block, b_block, start))):
+            start_m.copy_(h)
+            h = torch.addcmul(b_m, a_m, h)
         loop(start, a_steps, b_steps, out_steps)
         loop(h, *(x[:, rest].unbind(1)[::order] for x in (a, b, out)))
 
@@ -198,10 +199,6 @@ def _check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
     if h0 is not None and h0.shape != b[:, 0].shape:
         raise ValueError(f"h0 must have shape (B, D) = {tuple(b[:, 0].shape)}, got {tuple(h0.shape)}")
     _check_same_kind("a, b and h0", a, b, *([] if h0 is None else [h0]))
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")[:200]
 
 
 def _check_same_kind(names: str, *tensors: Tensor) -> None:
@@ -422,7 +419,7 @@ def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
 
 
 # 3b. Attend: each query reads the K·U tokens of its chunks. With s the score of a chunk and j a token in it,
-#         r = Σ_j p_j v_j,    p = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
+#         r = Σ_j w_j v_j,    w = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
 #     The second term lets the loss say "this chunk more, that one less": it trains the search.
 
 def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
@@ -440,8 +437,8 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
                 chunks = index[i, t, found]
                 log_p = score[i, t, found].log_softmax(0).to(q.dtype)
                 logit = torch.einsum("he,nuhe->hnu", q[i, t], k[i, chunks]) / math.sqrt(E) + log_p[:, None]
-                p = logit.flatten(1).softmax(-1).view_as(logit)
-                r[i, t] = torch.einsum("hnu,nuhe->he", p, v[i, chunks])
+                w = logit.flatten(1).softmax(-1).view_as(logit)
+                r[i, t] = torch.einsum("hnu,nuhe->he", w, v[i, chunks])
     return r
 
 
@@ -453,8 +450,8 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     log_p = score.masked_fill(~some, 0).log_softmax(-1).to(q.dtype)  # (B, L, K), -inf in empty slots
     k, v = _take_chunks(k, index), _take_chunks(v, index)  # (B, L, K, U, H, E)
     logit = (q[:, :, None, None] * k).sum(-1) / math.sqrt(E) + log_p[..., None, None]  # (B, L, K, U, H)
-    p = logit.flatten(2, 3).softmax(2)  # (B, L, K·U, H)
-    r = (p.unsqueeze(-1) * v.flatten(2, 3)).sum(2)  # (B, L, H, E)
+    w = logit.flatten(2, 3).softmax(2)  # (B, L, K·U, H)
+    r = (w.unsqueeze(-1) * v.flatten(2, 3)).sum(2)  # (B, L, H, E)
     return r.masked_fill(~some.unsqueeze(-1), 0)
 
 
@@ -586,6 +583,10 @@ class State:
     layers: list[tuple]
 
 
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")[:200]
+
+
 class Resona(nn.Module):
     """A language model of recurrent layers with retrieval: logits, state = model(tokens, state=None)."""
 
@@ -687,7 +688,7 @@ class Resona(nn.Module):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no checkpoint at {path}")
         try:
-            data = torch.load(path, map_location=device, weights_only=True)
+            data = torch.load(path, map_location="cpu", weights_only=True)
             if data["format"] != "resona-1":
                 raise ValueError(f"format {data['format']!r}, expected 'resona-1'")
             model = cls(ResonaConfig(**data["config"]))
