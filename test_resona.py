@@ -191,6 +191,12 @@ def test_search_gives_ties_to_the_lower_index(search, dtype, M):
 
 
 @pytest.mark.parametrize("search", [search_naive, search_parallel])
+def test_search_ranks_float64_scores_in_float64(search):
+    q, c = torch.ones(1, 4, 1, dtype=DOUBLE), 1 + 1e-12 * torch.tensor([[[0.0], [2.0], [1.0]]], dtype=DOUBLE)
+    assert search(q, c, 3, 1)[1][0, 3].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("search", [search_naive, search_parallel])
 def test_search_never_lets_nan_win(search):
     q, c = torch.ones(1, 6, 1), torch.tensor([[[1.0], [math.nan], [-math.inf], [3.0], [math.inf]]])
     score, index = search(q, c, 4, 1)

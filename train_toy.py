@@ -318,15 +318,16 @@ def main(argv: list[str]) -> None:
         torch.manual_seed(args.seed)
         models[name] = make_model(name, args.backbone).to(args.device)
         seconds[name] = train(name, models[name], args)
-    runs = [(name, EVAL_TOP_K if name == "resona" else None) for name in names]
-    runs += [("resona", None)] if "resona" in names else []  # None: as trained
+    runs = [(name, None) for name in names]  # None: with the top_k of training
+    if "resona" in names:
+        runs.insert(names.index("resona") + 1, ("resona", EVAL_TOP_K))
     scores: Scores = {run: {} for run in runs}
     with progress(len(runs) * len(EVAL), "evaluation", "test") as bar:
         for (name, top_k), length in itertools.product(runs, EVAL):
             scores[name, top_k][str(length)] = evaluate(models[name], length, args.seed, args.device, top_k)
             bar.update()
     parameters = {name: count(model) for name, model in models.items()}
-    results = {name: scores[name, top_k] for name, top_k in runs if top_k or name != "resona"}
+    results = {name: scores[name, top_k] for name, top_k in runs}  # of Resona's two runs, the later one
     report = {
         "task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,
         "train_seconds": seconds, "parameters": parameters, "results": results,
