@@ -4,21 +4,22 @@ After Wang et al., "Resona: Improving Context Copying in Linear Recurrence Model
 arXiv 2503.22913 (2025). A linear recurrence reads a token at constant cost, but its state has a fixed
 size: what it read long ago it cannot copy. Resona gives a recurrent layer a second branch:
 
-    x ──► norm ──► short conv ──► u ──► backbone (linear recurrence) ──► y ───────────────┐
-                     │            │                                      │ asks           │
-                     │            └────────────► query q = W [y, u] ◄────┘                ▼
-                     └─► chunks of U tokens ──► search: top-k chunks ──► attend ──► r ──► mix
-                         keys from u, values from x                      out = (1-α)·y + α·r
+    x ──► norm ──► z ──► short conv ──► u ──► backbone (linear recurrence) ──► y ───────────┐
+                   │                    │                                      │ asks       │
+                   │                    └──────► query q = linear [y, u] ◄─────┘            ▼
+                   └─► chunks of U tokens ──► search: top-k chunks ──► attend ──► r ──────► mix
+                       keys from u, values from z                         out = (1-α)·y + α·r
 
-Letters, the same throughout this file (paper's symbol where it names one):
+Letters, the same throughout this file (the paper's symbol where it names one):
     B  batch                    U  tokens per chunk, config.chunk_size (U)
-    L  length of this call      M  finished chunks in memory
+    L  length of this call      M  chunks: finished so far, or by this call
     D  model width              K  retrieved chunks, config.top_k (k)
     N  states per channel       S  width of the search, config.d_search
     H  heads                    E  width of a head, D / H
     W  width of the short convolution, config.d_conv
     p  absolute position of a token: the tokens read by earlier calls count
-    α  mixing coefficient, per token (α)
+    α  mixing coefficient, one per token (α)
+    γ  sharpness of the search, learned: chunk scores lie in -γ..γ
 
 Our choices, where the paper leaves room or we depart from it:
   * Chunks do not overlap and are aligned to absolute positions, so a context cut anywhere into
@@ -28,11 +29,16 @@ Our choices, where the paper leaves room or we depart from it:
     not copy strings longer than those it was trained on.
   * Token keys are one step late: the key of token j describes what came before j, and its value is
     token j. "What followed this?" is then one look-up, an induction head in a single layer.
+  * The search compares by cosine, times γ, so no key wins every search by being long.
   * The search learns from the loss: the log-probabilities of the chosen chunks are added to the
     attention logits. This is how we read the paper's "differentiable" search; ours is exact.
-  * No positions are needed in the branch, so it has none.
+  * α is one number per token, a sigmoid. No positions are needed in the branch, so it has none.
 
-Not included: dropout, mixed precision beyond casting the model, initialisation tricks, padding masks.
+What it costs: the recurrent state has a fixed size, but the branch remembers keys and values of all
+chunks, as much as a Transformer's cache of this width; a token attends to K·U tokens whatever the
+length, but scores every chunk, S multiplications for each U tokens of context.
+
+Not included: dropout, mixed precision beyond casting the model, padding masks, approximate search.
 """
 
 from __future__ import annotations
@@ -50,7 +56,7 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------------------------------ config
 @dataclass
 class ResonaConfig:
-    """Everything that shapes a model. Raises ValueError or TypeError that names the bad field."""
+    """Everything that shapes a model. Raises ValueError that names the bad field."""
 
     vocab_size: int
     d_model: int = 64                 # D
@@ -67,17 +73,18 @@ class ResonaConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            if field.type == "int":
+            if field.type == "int":  # a string: annotations are not evaluated in this file
                 _check_positive(field.name, getattr(self, field.name))
         D, H, layers = self.d_model, self.n_head, range(self.n_layer)
         if D % H:
             raise ValueError(f"d_model must be divisible by n_head, got d_model={D}, n_head={H}")
-        if not callable(self.backbone) and self.backbone not in BACKBONES:
+        if not callable(self.backbone) and self.backbone not in list(BACKBONES):
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, or a callable "
                              f"d_model -> nn.Module, got {self.backbone!r}")
         if self.backbone == "attention" and D // H % 2:
             raise ValueError(f"rotary positions need an even d_model / n_head, got {D} / {H} = {D // H}")
-        listed = isinstance(self.retrieval, (list, tuple)) and all(layer in layers for layer in self.retrieval)
+        listed = isinstance(self.retrieval, (list, tuple)) and all(
+            type(layer) is int and layer in layers for layer in self.retrieval)
         if self.retrieval is not None and not isinstance(self.retrieval, bool) and not listed:
             raise ValueError("retrieval must be True, False, None or a list of layers "
                              f"in 0..{self.n_layer - 1}, got {self.retrieval!r}")
@@ -100,7 +107,6 @@ def _check_positive(name: str, value: Any) -> None:
 # ------------------------------------------------------------------------------------ 1. the scans
 # A linear recurrence with a diagonal transition: every channel is its own first-order filter,
 #     h[t] = a[t] · h[t-1] + b[t].
-# Both functions take a, b: (B, L, D) and h0: (B, D), zero if left out, and return h: (B, L, D).
 
 def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """h[:, t] = a[:, t] * h[:, t-1] + b[:, t], one step at a time. The specification.
@@ -208,12 +214,13 @@ def _check_same_kind(names: str, *tensors: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------ 2. backbones
-# A backbone is any module with PyTorch's convention for recurrent modules, batch first:
+# A backbone is any causal module with PyTorch's convention for recurrent modules, batch first:
 #     output, state = module(input, state=None)      input, output: (B, L, D)
-# nn.GRU(D, D, batch_first=True) is one as it stands. Nobody but the module looks into its state.
+# nn.GRU(D, D, batch_first=True) is one as it stands. Nobody but the module looks into its state, which it
+# returns anew and never changes in place. The layer adds the residual connection.
 
 class GatedRecurrence(nn.Module):
-    """h = a·h + (1-a)·v with a gate a in (0, 1) per channel and token; output W (h · silu(g)).
+    """h = a·h + (1-a)·v, output linear (h · silu(g)), with v, g and the gate a in (0, 1) linear in the input.
 
     The simplest member of the family: its state is one number per channel, D in all.
     """
@@ -222,7 +229,7 @@ class GatedRecurrence(nn.Module):
         super().__init__()
         self.inputs = nn.Linear(d_model, 3 * d_model)
         self.output = nn.Linear(d_model, d_model, bias=False)
-        with torch.no_grad():  # memories from about 2 to 50 tokens long: 1 / (1 - sigmoid(bias))
+        with torch.no_grad():  # memories from 2 to 55 tokens long: 1 / (1 - sigmoid(bias))
             self.inputs.bias[:d_model] = torch.linspace(0, 4, d_model)
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -236,7 +243,7 @@ class SelectiveSSM(nn.Module):
     """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan.
 
         h[d, n] = exp(Δ[d]·A[d, n])·h[d, n] + Δ[d]·B[n]·u[d],   y[d] = Σ_n C[n]·h[d, n] + skip[d]·u[d]
-    Step Δ, input map B and output map C depend on the token; A < 0 is learned.
+    Step Δ, input map B and output map C depend on the token; A < 0 is learned. Output: linear (y · silu(gate)).
     """
 
     def __init__(self, d_model: int, d_state: int = 16):
@@ -246,7 +253,7 @@ class SelectiveSSM(nn.Module):
         self.maps = nn.Linear(d_model, 2 * d_state, bias=False)
         self.gate = nn.Linear(d_model, d_model, bias=False)
         self.output = nn.Linear(d_model, d_model, bias=False)
-        self.log_A = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(d_model, 1))  # (D, N)
+        self.log_minus_A = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(d_model, 1))  # (D, N)
         self.skip = nn.Parameter(torch.ones(d_model))
         with torch.no_grad():  # steps from 0.001 to 0.1, through the inverse of softplus
             self.delta.bias.copy_(torch.logspace(-3, -1, d_model).expm1().log())
@@ -254,7 +261,7 @@ class SelectiveSSM(nn.Module):
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         delta = F.softplus(self.delta(u))  # (B, L, D)
         b, c = self.maps(u).chunk(2, dim=-1)  # (B, L, N)
-        a = torch.exp(-delta.unsqueeze(-1) * self.log_A.exp())  # (B, L, D, N)
+        a = torch.exp(-delta.unsqueeze(-1) * self.log_minus_A.exp())  # (B, L, D, N)
         b = (delta * u).unsqueeze(-1) * b.unsqueeze(2)  # (B, L, D, N)
         h = scan_parallel(a.flatten(2), b.flatten(2), h0)  # (B, L, D·N)
         y = (h.unflatten(2, (-1, self.d_state)) * c.unsqueeze(2)).sum(-1) + self.skip * u
@@ -328,8 +335,8 @@ def search_naive(
     q: (B, L, S) queries at positions offset..offset+L-1, c: (B, M, S) one key per chunk, one floating
     dtype; M = 0 is allowed. The score is the plain dot product; scale q yourself.
     -> score: (B, L, top_k) best first, float32 (float64 for float64 inputs), index: (B, L, top_k) int64.
-    Equal scores: the lower index first. A slot with no visible chunk, and a score of NaN or -inf, which
-    never wins a slot: score -inf, index -1. Raises ValueError on other shapes and on top_k < 1.
+    Equal scores: the lower index first. Empty slots have score -inf, index -1; a score of NaN or -inf fills
+    no slot. Raises ValueError on other shapes or dtypes, top_k or chunk_size below 1, a negative offset.
     """
     q, c = _check_search(q, c, top_k, chunk_size, offset)
     (B, L, _), M = q.shape, c.shape[1]
@@ -348,10 +355,10 @@ def search_naive(
 def search_parallel(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The same as search_naive for many queries at once; the (L, M) scores are never held whole.
+    """The same as search_naive for many queries at once, holding some four million scores at a time.
 
     Which chunks win is found without a graph, a block of queries at a time. The winners' scores are then
-    computed again with one: memory for the gradient grows with L·K, and only winners receive any.
+    recomputed with a graph, so its memory grows with L·K, and only the winners get a gradient.
     """
     q, c = _check_search(q, c, top_k, chunk_size, offset)
     (B, L, S), M = q.shape, c.shape[1]
@@ -420,7 +427,8 @@ def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
 
 # 3b. Attend: each query reads the K·U tokens of its chunks. With s the score of a chunk and j a token in it,
 #         r = Σ_j w_j v_j,    w = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
-#     The second term lets the loss say "this chunk more, that one less": it trains the search.
+#     The second term lets the loss say "this chunk more, that one less": it trains the search. (The inner
+#     softmax's normaliser cancels in the outer one; we keep it, to add what is named: a log-probability.)
 
 def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """Attention to the tokens of the chosen chunks, one position at a time. The specification.
@@ -458,21 +466,21 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
 # 3c. The branch: remember, search, attend, mix.
 
 class Memory(NamedTuple):
-    """What a retrieval branch has read: finished chunks, and the tokens of the unfinished one."""
+    """What a retrieval branch has read: finished chunks, and the n < U tokens after them."""
 
     c: Tensor  # (B, M, S) search keys
     k: Tensor  # (B, M, U, H, E) token keys
     v: Tensor  # (B, M, U, H, E) token values
-    u: Tensor  # (B, n + 1, D) short features of the n < U tokens after the last chunk, and of one before
-    x: Tensor  # (B, n, D) layer inputs of those n tokens
+    u: Tensor  # (B, n + 1, D) short features of the n tokens, and of the one before them
+    z: Tensor  # (B, n, D) normed layer inputs of the n tokens
 
 
 class ChunkEncoder(nn.Module):
-    """One search key of unit length per chunk, from its window of U + 1 features: Σ_j W u[j-1] + MLP(window).
+    """One unit-length search key per chunk, from a window of U + 1 features: Σ_j linear u[j-1] + MLP(window).
 
-    The sum over the chunk's tokens j answers "is this in there?" from the first step on; the MLP adds what
-    depends on their order. The window ends with the features of the last token itself, so two chunks with
-    equal keys have equal tokens, and it does not matter which of them a tie goes to.
+    The sum over the chunk's tokens j learns fast, as it treats all places alike; the MLP adds what depends on
+    their order. The window ends with the features of the last token itself, so chunks that tie have read the
+    same, almost surely, and it does not matter which of them wins.
     """
 
     def __init__(self, d_model: int, chunk_size: int, d_search: int):
@@ -492,10 +500,11 @@ class ChunkEncoder(nn.Module):
 
 
 class Retrieval(nn.Module):
-    """The parallel branch around a recurrent layer: output, state = module(x, u, y, state=None).
+    """The parallel branch around a recurrent layer: output, state = module(z, u, y, state=None).
 
-    x: (B, L, D) layer input, u: short features of it (the backbone's input), y: the backbone's output
-    -> (1-α)·y + α·r. Put your own recurrence under it: nothing else about the backbone is used.
+    z: (B, L, D) normed layer input, u: (B, L, D) short features of it, which are the backbone's input,
+    y: (B, L, D) the backbone's output -> (1-α)·y + α·r, without a residual connection. Put your own
+    recurrence under it: nothing else about the backbone is used. Each layer searches once for all heads.
     """
 
     def __init__(self, config: ResonaConfig):
@@ -504,20 +513,20 @@ class Retrieval(nn.Module):
         self.config = config
         self.search_query = nn.Linear(2 * D, S, bias=False)
         self.search_key = ChunkEncoder(D, config.chunk_size, S)
-        self.log_sharpness = nn.Parameter(torch.tensor(math.log(10.0)))  # γ: scores lie in -γ..γ
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(10.0)))  # log γ
         self.query = nn.Linear(2 * D, D, bias=False)
         self.key = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(D, D, bias=False)
         self.output = nn.Linear(D, D, bias=False)
         self.alpha = nn.Linear(2 * D, 1)
 
-    def forward(self, x: Tensor, u: Tensor, y: Tensor, state: Memory | None = None,
+    def forward(self, z: Tensor, u: Tensor, y: Tensor, state: Memory | None = None,
                 top_k: int | None = None, trace: list | None = None) -> tuple[Tensor, Memory]:
-        memory = self.remember(x, u, state)
-        read = memory.c.shape[1] * self.config.chunk_size + memory.x.shape[1]  # tokens so far, these included
+        memory = self.remember(z, u, state)  # with chunks that the first queries may not see: search hides them
+        read = memory.c.shape[1] * self.config.chunk_size + memory.z.shape[1]  # tokens so far, these included
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D)
         top_k = self.config.top_k if top_k is None else top_k
-        score, index = self.search(asks, memory, top_k, offset=read - x.shape[1])
+        score, index = self.search(asks, memory, top_k, offset=read - z.shape[1])  # p of the first query
         r = attend_parallel(self.heads(self.query(asks)), memory.k, memory.v, score, index)
         r = self.output(r.flatten(2))  # (B, L, D)
         alpha = torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 where nothing was found
@@ -526,23 +535,23 @@ class Retrieval(nn.Module):
         return (1 - alpha) * y + alpha * r, memory
 
     def search(self, asks: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        """Score chunks by γ·cos(query, key). The cosine keeps one long key from winning every search."""
+        """Score chunks by γ·cos(query, key)."""
         q = self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)
         return search_parallel(q, memory.c, top_k, self.config.chunk_size, offset)
 
-    def remember(self, x: Tensor, u: Tensor, past: Memory | None) -> Memory:
+    def remember(self, z: Tensor, u: Tensor, past: Memory | None) -> Memory:
         """Append L tokens: every chunk that they finish gets its keys and values."""
-        B, U, D = x.shape[0], self.config.chunk_size, x.shape[2]
-        u = torch.cat([x.new_zeros(B, 1, D) if past is None else past.u, u], dim=1)
-        x = x if past is None else torch.cat([past.x, x], dim=1)
-        M = x.shape[1] // U  # chunks finished now
-        n = M * U
-        c = self.search_key(u[:, :n + 1])  # (B, M, S)
-        k = self.heads(self.key(u[:, :n])).unflatten(1, (M, U))  # key of token j from the features of j - 1
-        v = self.heads(self.value(x[:, :n])).unflatten(1, (M, U))  # (B, M, U, H, E)
-        if past is not None:  # copied only when there is something to add, once in U single tokens
+        B, U, D = z.shape[0], self.config.chunk_size, z.shape[2]
+        u = torch.cat([z.new_zeros(B, 1, D) if past is None else past.u, u], dim=1)
+        z = z if past is None else torch.cat([past.z, z], dim=1)
+        M = z.shape[1] // U  # chunks finished now
+        end = M * U
+        c = self.search_key(u[:, :end + 1])  # (B, M, S)
+        k = self.heads(self.key(u[:, :end])).unflatten(1, (M, U))  # key of token j from the features of j - 1
+        v = self.heads(self.value(z[:, :end])).unflatten(1, (M, U))  # (B, M, U, H, E)
+        if past is not None:  # token by token, the past is copied only when a chunk is finished
             c, k, v = (torch.cat(pair, dim=1) if M else pair[0] for pair in zip(past[:3], (c, k, v)))
-        return Memory(c, k, v, u[:, n:].clone(), x[:, n:].clone())
+        return Memory(c, k, v, u[:, end:].clone(), z[:, end:].clone())
 
     def heads(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, H, E)
         return x.unflatten(-1, (self.config.n_head, -1))
@@ -568,6 +577,9 @@ class Layer(nn.Module):
         z = self.norm(x)
         u, conv = self.conv(z, conv)
         y, recurrent = self.backbone(u, recurrent)
+        if y.shape != u.shape:
+            raise ValueError(f"backbone {type(self.backbone).__name__} must return an output of its input's "
+                             f"shape {tuple(u.shape)}, got {tuple(y.shape)}")
         if self.retrieval is not None:
             y, memory = self.retrieval(z, u, y, memory, top_k, trace)
         x = x + y
@@ -581,6 +593,14 @@ class State:
     config: ResonaConfig
     batch_size: int
     layers: list[tuple]
+
+    def detach(self) -> "State":
+        """The same without its graph, to train on a long text piece by piece."""
+        def cut(x):
+            if isinstance(x, tuple):
+                return type(x)(*map(cut, x)) if hasattr(x, "_fields") else tuple(map(cut, x))
+            return x.detach() if isinstance(x, Tensor) else x
+        return State(self.config, self.batch_size, [cut(layer) for layer in self.layers])
 
 
 def _one_line(error: Exception) -> str:
@@ -604,8 +624,9 @@ class Resona(nn.Module):
     ) -> tuple[Tensor, State]:
         """tokens: (B, L) int64 -> logits (B, L, vocab_size) for the token after each, and the state after all.
 
-        For every split, model(x) equals model(x[:, :i]) followed by model(x[:, i:], state). top_k replaces
-        config.top_k. Raises ValueError on tokens or a state that do not fit this model.
+        For every split, model(tokens) equals model(tokens[:, :i]) followed by model(tokens[:, i:], state), to
+        rounding. top_k replaces config.top_k. Raises ValueError or TypeError on tokens, a top_k or a state that
+        do not fit this model.
         """
         return self._run(tokens, state, top_k, None)
 
@@ -669,8 +690,8 @@ class Resona(nn.Module):
 
     @torch.no_grad()
     def inspect(self, tokens: Tensor, top_k: int | None = None) -> list[dict[str, Tensor]]:
-        """What each retrieval layer did with tokens: (B, L), one dict a layer: the chunks it chose, "index"
-        and "score" (B, L, K), best first, -1 and -inf where there is none; and "alpha" (B, L, 1)."""
+        """What each retrieval layer did with tokens: (B, L), one dict for each such layer: the chunks it chose,
+        "index" and "score" (B, L, K), best first, -1 and -inf where there is none; and "alpha" (B, L, 1)."""
         trace: list[dict[str, Tensor]] = []
         self._run(tokens, None, top_k, trace)
         return trace
@@ -684,15 +705,20 @@ class Resona(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Resona":
-        """Read what save wrote; no code in the file is run. Raises FileNotFoundError or ValueError."""
+        """Read what save wrote, in the dtype it had; no code in the file is run. A backbone of your own must be
+        in BACKBONES under its name again. Raises FileNotFoundError or ValueError."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no checkpoint at {path}")
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
             if data["format"] != "resona-1":
                 raise ValueError(f"format {data['format']!r}, expected 'resona-1'")
-            model = cls(ResonaConfig(**data["config"]))
-            model.load_state_dict(data["weights"])
+            name = data["config"]["backbone"]
+            if name in BACKBONES:
+                model = cls(ResonaConfig(**data["config"]))
+                model.load_state_dict(data["weights"], assign=True)
         except Exception as error:
             raise ValueError(f"{path} is not a whole Resona checkpoint: {_one_line(error)}") from error
+        if name not in BACKBONES:
+            raise ValueError(f"{path} needs a backbone named {name!r}, BACKBONES has {', '.join(BACKBONES)}")
         return model.to(device)

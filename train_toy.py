@@ -31,20 +31,20 @@ from tqdm import tqdm
 from resona import BACKBONES, Resona, ResonaConfig
 
 # --------------------------------------------------------------------------------- hyper-parameters
-STEPS = 400         # of each model; Resona copies 32 letters after 100 of them
+STEPS = 400         # of each model
 BATCH = 16          # rows of
 ROW = 220           # tokens: three to twenty strings each, and 55 chunks to search, many more than top_k
 MIN_LEN, MAX_LEN = 4, 32    # of a training string; evaluation goes to 16 times the longest
 EVAL = {32: 128, 64: 64, 128: 32, 256: 16, 512: 16}     # letters in a string: strings
 TRAIN_TOP_K, EVAL_TOP_K = 4, 16     # Resona may open more chunks of a long string than it was trained to
-WARMUP = 20         # steps of rising learning rate, which then falls linearly to zero
+WARMUP = 20         # steps of a rising learning rate; it is the lower of that ramp and a line from LR to zero
 LR = {"recurrence": 2e-2, "resona": 3e-3, "transformer": 1e-2}  # best of 1e-3 to 2e-2, see README
 MODELS = tuple(LR)
 
 # ------------------------------------------------------------------------------------------ the task
 # Copying as in Jelassi et al., "Repeat After Me", arXiv 2402.01032: letters a-z are 0..25.
-START, SEPARATOR, END, PAD = 26, 27, 28, 29
-VOCAB = 30
+START, SEPARATOR, END = 26, 27, 28
+VOCAB = 30          # the reference's 29 pads; no row here needs it
 IGNORE = -100       # the target where nothing is scored
 
 
@@ -67,7 +67,7 @@ def copy_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         targets  - - - - c a t . - - - - - - o w ...    the row without its first, - where nothing is scored
     -> inputs, targets: (BATCH, ROW) int64.
     """
-    rows = np.full((BATCH, ROW + 1), IGNORE)
+    rows = np.zeros((BATCH, ROW + 1), dtype=np.int64)
     scored = np.zeros((BATCH, ROW + 1), dtype=bool)
     for row, mask in zip(rows, scored):
         end = 0
@@ -92,8 +92,9 @@ def inputs_and_targets(rows: np.ndarray, scored: np.ndarray) -> tuple[Tensor, Te
 
 # ---------------------------------------------------------------------------------------- the models
 def make_model(name: str, backbone: str) -> Resona:
-    """All three have the same number of parameters, within 1 %, the same short convolution and everything
-    else: what Resona spends on retrieval the other two spend on width, and so on a larger state."""
+    """All three have the same depth, the same width of short convolution and, within 1 %, the same number of
+    parameters: what Resona spends on retrieval the other two spend on d_model, and so on a larger state.
+    d_model grows while an MLP of 1.5 times its width still fits, then d_ff takes the parameters left."""
     resona = ResonaConfig(VOCAB, backbone=backbone, top_k=TRAIN_TOP_K)
     if name == "resona":
         return Resona(resona)
@@ -105,7 +106,7 @@ def make_model(name: str, backbone: str) -> Resona:
     with torch.device("meta"):  # shapes without memory, to count
         target, d_model = count(Resona(resona)), resona.d_model
         while count(build(d_model + 8, int(1.5 * (d_model + 8)))) <= target:
-            d_model += 8
+            d_model += 8  # divisible by n_head, with an even quotient
         thin, one_more = count(build(d_model, 1)), count(build(d_model, 2))
     return build(d_model, 1 + round((target - thin) / (one_more - thin)))
 
@@ -215,9 +216,9 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
 # -------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(model: Resona, length: int, seed: int, device: str, top_k: int | None) -> dict[str, float]:
-    """Accuracy on strings of one length: of the answer's letters and END, each given the right ones before
-    it (token); of whole answers (sequence), and so of those generated without a mistake; and of the letters
-    and END that the model generates by itself, where one mistake may lead to the next (generated)."""
+    """Accuracy on strings of one length, letters and END. Token: right next tokens when fed the true answer.
+    Sequence: strings with every token right, so also strings generated without a mistake. Generated: right
+    tokens when the model reads its own output, where one mistake may lead to the next."""
     rng = np.random.default_rng([seed, 1, length])
     inputs, targets = (x.to(device) for x in copy_eval(rng, length, EVAL[length]))
     answer = slice(length + 1, None)  # the last prompt token, the separator, predicts the first letter
@@ -242,7 +243,8 @@ def table(scores: Scores, parameters: dict[str, int], seconds: dict[str, float])
     lines = [f"{'accuracy by letters in the string':<42}" + "".join(f"{length:>9}" for length in EVAL)]
     for (name, top_k), by_length in scores.items():
         detail = f"top_k {top_k or TRAIN_TOP_K}" if name == "resona" else ""
-        facts = [f"{name:<12}{detail}", f"  {parameters[name]:,} parameters", f"  {seconds[name]:.0f} s of training"]
+        size, time = f"{parameters[name]:,} parameters", f"{seconds[name]:.0f} s of training"
+        facts = [f"{name:<12}{detail}", f"  {size}", f"  {time}"]
         for fact, score in zip(facts, ["token", "sequence", "generated"]):
             cells = "".join(f"{by_length[str(length)][score + '_accuracy']:>9.3f}" for length in EVAL)
             lines.append(f"{fact:<30}{score:<12}{cells}")
@@ -273,17 +275,18 @@ def number(kind: Callable, low: float, what: str) -> Callable[[str], Any]:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(allow_abbrev=False, description="Train a recurrence, Resona and a Transformer of equal size to copy.")
+    parser = Parser(allow_abbrev=False, description="Train a recurrence, Resona and a Transformer to copy.")
+    recurrent = [name for name in BACKBONES if name != "attention"]
     positive = number(int, 1, "a whole number of at least 1")
     not_negative = number(int, 0, "a whole number of at least 0")
     swept = ", ".join(f"{lr:g} for {name}" for name, lr in LR.items())
     parser.add_argument("--task", choices=["copy"], default="copy", help="what to learn")
-    parser.add_argument("--model", choices=[*MODELS, "all"], default="all", help="which to train (default: all)")
-    parser.add_argument("--backbone", choices=[name for name in BACKBONES if name != "attention"], default="gated",
+    parser.add_argument("--model", choices=[*MODELS, "all"], default="all", help="what to train (default: all)")
+    parser.add_argument("--backbone", choices=recurrent, default="gated",
                         help="the recurrence, with and without retrieval (default: gated)")
-    parser.add_argument("--steps", type=positive, default=STEPS, help=f"of training, each model (default: {STEPS})")
+    parser.add_argument("--steps", type=positive, default=STEPS, help=f"of each model's training (default: {STEPS})")
     parser.add_argument("--lr", type=number(float, 0, "a number above 0"),
-                        help=f"peak learning rate (default: {swept}, the best of a sweep)")
+                        help=f"learning rate (default: {swept}, the best of a sweep)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of weights and data (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
