@@ -53,6 +53,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+# The three hot functions, scan, search and attend, exist as "naive", the specification; as "parallel",
+# PyTorch on any device; the first two also as "triton", in kernels.py, for GPUs. This switch forces one of
+# them; "auto" takes Triton for tensors on a CUDA GPU, if it is there, and parallel elsewhere.
+IMPLEMENTATION = "auto"
+
+
+def _version(x: Tensor, naive: Callable, parallel: Callable, kernel: str | None = None) -> Callable:
+    """The version to run on tensors like x; kernel is its name in kernels.py."""
+    if IMPLEMENTATION not in ("auto", "naive", "parallel", "triton"):
+        raise ValueError(f"IMPLEMENTATION must be auto, naive, parallel or triton, got {IMPLEMENTATION!r}")
+    if kernel and (IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and x.is_cuda):
+        try:
+            import kernels  # only now: it imports this file, and Triton
+            return getattr(kernels, kernel)
+        except ImportError:
+            if IMPLEMENTATION == "triton":
+                raise
+    return naive if IMPLEMENTATION == "naive" else parallel
+
+
 # ------------------------------------------------------------------------------------------ config
 @dataclass
 class ResonaConfig:
@@ -136,6 +156,11 @@ def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     wide = torch.promote_types(b.dtype, torch.float32)
     h0 = torch.zeros_like(b[:, 0]) if h0 is None else h0
     return _Scan.apply(a.to(wide), b.to(wide), h0.to(wide)).to(b.dtype)
+
+
+def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
+    """The version of scan_naive that IMPLEMENTATION asks for."""
+    return _version(b, scan_naive, scan_parallel, "scan")(a, b, h0)
 
 
 class _Scan(torch.autograd.Function):
@@ -235,7 +260,7 @@ class GatedRecurrence(nn.Module):
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, v, g = self.inputs(u).chunk(3, dim=-1)
         a = torch.sigmoid(a)
-        h = scan_parallel(a, (1 - a) * v, h0)  # (B, L, D)
+        h = scan(a, (1 - a) * v, h0)  # (B, L, D)
         return self.output(h * F.silu(g)), h[:, -1].clone()
 
 
@@ -263,7 +288,7 @@ class SelectiveSSM(nn.Module):
         b, c = self.maps(u).chunk(2, dim=-1)  # (B, L, N)
         a = torch.exp(-delta.unsqueeze(-1) * self.log_minus_A.exp())  # (B, L, D, N)
         b = (delta * u).unsqueeze(-1) * b.unsqueeze(2)  # (B, L, D, N)
-        h = scan_parallel(a.flatten(2), b.flatten(2), h0)  # (B, L, D·N)
+        h = scan(a.flatten(2), b.flatten(2), h0)  # (B, L, D·N)
         y = (h.unflatten(2, (-1, self.d_state)) * c.unsqueeze(2)).sum(-1) + self.skip * u
         return self.output(y * F.silu(self.gate(u))), h[:, -1].clone()
 
@@ -370,6 +395,13 @@ def search_parallel(
     return score.masked_fill(index < 0, -math.inf), index
 
 
+def search(
+    q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The version of search_naive that IMPLEMENTATION asks for."""
+    return _version(q, search_naive, search_parallel, "search")(q, c, top_k, chunk_size, offset)
+
+
 def _top_chunks(score: Tensor, top_k: int, chunk_size: int, offset: int) -> Tensor:
     """score: (B, L, M) -> index: (B, L, top_k). Takes the best and strikes it out, top_k times: torch.max
     returns the first of equal values, where torch.topk returns any."""
@@ -463,6 +495,11 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     return r.masked_fill(~some.unsqueeze(-1), 0)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
+    """The version of attend_naive that IMPLEMENTATION asks for."""
+    return _version(q, attend_naive, attend_parallel)(q, k, v, score, index)
+
+
 # 3c. The branch: remember, search, attend, mix.
 
 class Memory(NamedTuple):
@@ -527,7 +564,7 @@ class Retrieval(nn.Module):
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D)
         top_k = self.config.top_k if top_k is None else top_k
         score, index = self.search(asks, memory, top_k, offset=read - z.shape[1])  # p of the first query
-        r = attend_parallel(self.heads(self.query(asks)), memory.k, memory.v, score, index)
+        r = attend(self.heads(self.query(asks)), memory.k, memory.v, score, index)
         r = self.output(r.flatten(2))  # (B, L, D)
         alpha = torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 where nothing was found
         if trace is not None:
@@ -537,7 +574,7 @@ class Retrieval(nn.Module):
     def search(self, asks: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
         """Score chunks by γ·cos(query, key)."""
         q = self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)
-        return search_parallel(q, memory.c, top_k, self.config.chunk_size, offset)
+        return search(q, memory.c, top_k, self.config.chunk_size, offset)
 
     def remember(self, z: Tensor, u: Tensor, past: Memory | None) -> Memory:
         """Append L tokens: every chunk that they finish gets its keys and values."""
@@ -644,7 +681,8 @@ class Resona(nn.Module):
         if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError("tokens must be int64 of shape (B, L) with B >= 1 and L >= 1, "
                              f"got {tokens.dtype} of shape {tuple(tokens.shape)}")
-        low, high = tokens.aminmax()  # an id outside the embedding would be a device-side assert on a GPU
+        compiling = torch.compiler.is_compiling()  # a branch on data would break the compiled graph
+        low, high = (0, 0) if compiling else tokens.aminmax()
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(f"tokens must lie in 0..{self.config.vocab_size - 1}, "
                              f"got {int(low)}..{int(high)}")
