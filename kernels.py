@@ -80,9 +80,9 @@ if HAS_TRITON:
     def summary_kernel(a, b, block_a, block_b, L, D, C, chunk,
                        BACKWARD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
         """Sum up each of C chunks of steps: the product of its a, and where it ends from zero: (B, C, D)."""
-        d = tl.program_id(0) * BD + tl.arange(0, BD)
+        row = (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64)  # int64: row·L·D passes 2³¹
+        d = tl.program_id(0) % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
         m = tl.program_id(1)
-        row = tl.program_id(2).to(tl.int64)
         product = tl.full([BD], 1.0, tl.float32)
         end = tl.zeros([BD], tl.float32)
         stop = min((m + 1) * chunk, L)
@@ -100,9 +100,9 @@ if HAS_TRITON:
     def scan_kernel(a, b, h0, h, out, da, block_a, block_b, L, D, C, chunk,
                     BACKWARD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
         """Forward: out = h from a, b, h0.  Backward: out = g from a and b = dh, and da[t] = g[t]·h[t-1]."""
-        d = tl.program_id(0) * BD + tl.arange(0, BD)
+        row = (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64)  # int64: row·L·D passes 2³¹
+        d = tl.program_id(0) % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
         m = tl.program_id(1)
-        row = tl.program_id(2).to(tl.int64)
         if BACKWARD:
             carry = tl.zeros([BD], tl.float32)
         else:
@@ -134,7 +134,7 @@ def launch_scan(a: Tensor, b: Tensor, h0: Tensor, h: Tensor, out: Tensor, da: Te
     chunk = triton.cdiv(triton.cdiv(L, C), BT) * BT  # whole tiles
     C = triton.cdiv(L, chunk)
     block_a, block_b = (torch.empty(B, C, D, dtype=torch.float32, device=b.device) for _ in range(2))
-    grid, sizes = (triton.cdiv(D, BD), C, B), (L, D, C, chunk, backward, BT, BD)
+    grid, sizes = (columns, C), (L, D, C, chunk, backward, BT, BD)
     if C > 1:
         summary_kernel[grid](a, b, block_a, block_b, *sizes, num_warps=1)
     scan_kernel[grid](a, b, h0, h, out, da, block_a, block_b, *sizes, num_warps=1)
@@ -194,8 +194,9 @@ if HAS_TRITON:
                       BQ: tl.constexpr, BM: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr):
         """BQ queries walk the chunk keys, BM at a time, and keep their winners in registers.
         best: (B, L, top_k) packed keys, in no order."""
-        row = tl.program_id(1).to(tl.int64)
-        t = tl.program_id(0) * BQ + tl.arange(0, BQ)
+        row = (tl.program_id(0) // tl.cdiv(L, BQ)).to(tl.int64)
+        first = tl.program_id(0) % tl.cdiv(L, BQ) * BQ
+        t = first + tl.arange(0, BQ)
         s = tl.arange(0, SP)
         q_at = (row * L + t)[:, None] * S + s[None, :]
         q_block = tl.load(q + q_at, mask=(t < L)[:, None] & (s < S)[None, :], other=0.0)
@@ -204,7 +205,7 @@ if HAS_TRITON:
         kept = tl.zeros([BQ, KP], tl.int64) + tl.where(slot < top_k, NONE + slot, -1 - NONE)
         worst_score = tl.full([BQ], float("-inf"), tl.float32)
         ended = (offset + t) // chunk_size  # chunks that a query may see
-        for start in range(0, min(M, (offset + tl.program_id(0) * BQ + BQ - 1) // chunk_size), BM):
+        for start in range(0, min(M, (offset + first + BQ - 1) // chunk_size), BM):
             m = start + tl.arange(0, BM)
             c_at = (row * M + m)[:, None] * S + s[None, :]
             keys = tl.load(c + c_at, mask=(m < M)[:, None] & (s < S)[None, :], other=0.0)
@@ -238,7 +239,7 @@ def search_op(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) ->
     (B, L, S), M = q.shape, c.shape[1]
     KP, SP = triton.next_power_of_2(top_k), max(16, triton.next_power_of_2(S))
     best = torch.empty(B, L, top_k, dtype=torch.int64, device=q.device)
-    search_kernel[(triton.cdiv(L, BQ), B)](
+    search_kernel[(triton.cdiv(L, BQ) * B,)](
         q, c, best, L, M, S, chunk_size, offset, top_k, NONE, BQ, BM, SP, KP, num_warps=8)
     key = best.sort(dim=-1, descending=True).values
     empty = key < NONE + KP

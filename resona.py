@@ -54,9 +54,10 @@ from torch import Tensor, nn
 
 
 # The three hot functions, scan, search and attend, exist as "naive", the specification; as "parallel",
-# PyTorch on any device; the first two also as "triton", in kernels.py, for GPUs. This switch forces one of
-# them; "auto" takes Triton for tensors on a CUDA GPU, if it is there, and parallel elsewhere.
-IMPLEMENTATION = "auto"
+# PyTorch on any device; the first two also as "triton", in kernels.py, for GPUs. This is the switch. "auto"
+# takes Triton for tensors on a CUDA GPU and parallel elsewhere; it becomes the default once the kernels,
+# so far run in Triton's interpreter and compiled for GPUs, have been run and timed on one.
+IMPLEMENTATION = "parallel"
 
 
 def _version(x: Tensor, naive: Callable, parallel: Callable, kernel: str | None = None) -> Callable:
