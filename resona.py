@@ -38,12 +38,14 @@ What it costs: the recurrent state has a fixed size, but the branch remembers ke
 chunks, as much as a Transformer's cache of this width; a token attends to K·U tokens whatever the
 length, but scores every chunk, S multiplications for each U tokens of context.
 
-Not included: dropout, mixed precision beyond casting the model, padding masks, approximate search.
+Not included: dropout, mixed precision, padding masks, approximate search.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
@@ -422,7 +424,8 @@ def _dot(q: Tensor, c: Tensor) -> Tensor:
     """Dot products over the last dimension; float32 is summed in float64, then rounded.
 
     Two equal chunks must get the same score or the tie rule is void, and a sum in float32 does not promise
-    that: a matrix product adds up its edge columns in another order. Rounding hides the difference.
+    that: a matrix product adds up its edge columns in another order. Rounding hides the difference, but for
+    sums that cancel to nearly zero.
     """
     exact = torch.float32 if q.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     return (q.to(exact) * c.to(exact)).sum(-1).to(q.dtype)
@@ -452,10 +455,10 @@ def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
         raise ValueError("q and c must have shapes (B, L, S) with L >= 1 and (B, M, S), "
                          f"got {tuple(q.shape)} and {tuple(c.shape)}")
     _check_same_kind("q and c", q, c)
-    if offset < 0:
-        raise ValueError(f"offset must be at least 0, got {offset}")
+    if not isinstance(offset, int) or offset < 0:
+        raise ValueError(f"offset must be an integer of at least 0, got {offset!r}")
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.to(wide), c.to(wide)
+    return q.to(wide).contiguous(), c.to(wide).contiguous()  # the layout decides the order of a sum
 
 
 # 3b. Attend: each query reads the K·U tokens of its chunks. With s the score of a chunk and j a token in it,
@@ -486,6 +489,8 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """The same as attend_naive for all positions at once, on gathered chunks: memory grows with L·K·U."""
     B, L, H, E = q.shape
+    few = max(1, min(index.shape[2], k.shape[1]))  # slots beyond the M-th are always empty
+    score, index = score[..., :few], index[..., :few]
     found = index >= 0  # (B, L, K)
     some = found.any(-1, keepdim=True)  # (B, L, 1)
     log_p = score.masked_fill(~some, 0).log_softmax(-1).to(q.dtype)  # (B, L, K), -inf in empty slots
@@ -630,15 +635,18 @@ class State:
 
     config: ResonaConfig
     batch_size: int
+    kind: tuple[torch.dtype, torch.device]
     layers: list[tuple]
 
     def detach(self) -> "State":
         """The same without its graph, to train on a long text piece by piece."""
         def cut(x):
-            if isinstance(x, tuple):
-                return type(x)(*map(cut, x)) if hasattr(x, "_fields") else tuple(map(cut, x))
+            if isinstance(x, (tuple, list)):
+                return type(x)(*map(cut, x)) if hasattr(x, "_fields") else type(x)(map(cut, x))
+            if isinstance(x, dict):
+                return {key: cut(value) for key, value in x.items()}
             return x.detach() if isinstance(x, Tensor) else x
-        return State(self.config, self.batch_size, [cut(layer) for layer in self.layers])
+        return State(self.config, self.batch_size, self.kind, cut(self.layers))
 
 
 def _one_line(error: Exception) -> str:
@@ -650,7 +658,7 @@ class Resona(nn.Module):
 
     def __init__(self, config: ResonaConfig):
         super().__init__()
-        self.config = config
+        self.config = config = copy.copy(config)  # of which only top_k may change from here on
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         retrieval = config.retrieval_layers
         self.layers = nn.ModuleList(Layer(config, i in retrieval) for i in range(config.n_layer))
@@ -674,7 +682,8 @@ class Resona(nn.Module):
         for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, None if state is None else state.layers[i], top_k, trace)
             layers.append(layer_state)
-        return self.head(self.norm(x)), State(self.config, len(tokens), layers)
+        logits = self.head(self.norm(x))  # (B, L, vocab_size)
+        return logits, State(copy.copy(self.config), len(tokens), (x.dtype, x.device), layers)
 
     def _check(self, tokens: Tensor, state: State | None, top_k: int | None) -> None:
         if not isinstance(tokens, Tensor):
@@ -698,6 +707,9 @@ class Resona(nn.Module):
             theirs, ours = (getattr(config, field.name) for config in (state.config, self.config))
             if theirs != ours and field.name != "top_k":
                 raise ValueError(f"state comes from a model with {field.name}={theirs!r}, not {ours!r}")
+        kind = (self.embedding.weight.dtype, self.embedding.weight.device)
+        if state.kind != kind:
+            raise ValueError(f"state is {state.kind[0]} on {state.kind[1]}, the model is {kind[0]} on {kind[1]}")
         if state.batch_size != len(tokens):
             raise ValueError(f"state is of batch size {state.batch_size}, "
                              f"tokens are of batch size {len(tokens)}")
@@ -749,6 +761,8 @@ class Resona(nn.Module):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no checkpoint at {path}")
         try:
+            if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError("damaged: a checksum is wrong")
             data = torch.load(path, map_location="cpu", weights_only=True)
             if data["format"] != "resona-1":
                 raise ValueError(f"format {data['format']!r}, expected 'resona-1'")

@@ -187,8 +187,9 @@ def test_search_gives_ties_to_the_lower_index(search, dtype, M):
     """Real-valued keys, repeated: a plain matrix product gives equal columns unequal sums at these sizes."""
     for L, S in [(1, 32), (3, 64), (20, 65)]:
         q, c = torch.randn(1, L, S).to(dtype), torch.randn(1, 1, S).to(dtype).repeat(1, M, 1)
-        _, index = search(q, c, 3, 1, offset=M)
-        assert index.tolist() == [[([0, 1, 2, -1][:3] if M > 2 else [0, 1, -1])] * L]
+        for layout in (lambda x: x, lambda x: x.mT.contiguous().mT):
+            _, index = search(layout(q), layout(c), 3, 1, offset=M)
+            assert index.tolist() == [[[0, 1, 2] if M > 2 else [0, 1, -1]] * L]
     q, c = torch.randint(-2, 3, (1, 30, 4)).to(dtype), torch.randint(-2, 3, (1, M, 4)).to(dtype)
     score, index = search(q, c, 4, 1)
     for t in range(30):
@@ -717,7 +718,10 @@ def test_load_refuses_what_save_did_not_write(tmp_path, monkeypatch):
     torch.save([1, 2], "list.pt")
     Path("pickle.pt").write_bytes(pickle.dumps(Malicious()))
     torch.save({"format": "resona-1", "config": Malicious()}, "evil.pt")
-    for name in ("half", "text", "empty", "foreign", "list", "pickle", "evil"):
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # in the weights
+    Path("flipped.pt").write_bytes(flipped)
+    for name in ("half", "flipped", "text", "empty", "foreign", "list", "pickle", "evil"):
         with pytest.raises(ValueError, match=f"{name}.pt is not a whole Resona checkpoint: .") as caught:
             Resona.load(f"{name}.pt")
         assert "\n" not in str(caught.value)
@@ -771,6 +775,15 @@ def test_bad_state_is_refused():
     refuse(lambda: model(tokens[:1], state), "state", "batch size 2", "batch size 1")
     refuse(lambda: small_model(chunk_size=2)(tokens, state), "state", "chunk_size", "4", "2")
     refuse(lambda: model(tokens, state.layers), "state", "list")
+    refuse(lambda: model.float()(tokens, state), "state", "float64", "float32")
+
+
+def test_a_model_keeps_its_own_config():
+    config = ResonaConfig(11, d_model=16)
+    model, tokens = Resona(config), torch.randint(0, 11, (1, 20))
+    before, state = model(tokens)
+    config.chunk_size = 2
+    assert torch.equal(model(tokens)[0], before) and model(tokens, state)
 
 
 def test_bad_scans_and_searches_are_refused():
@@ -802,16 +815,14 @@ def test_copy_rows_are_laid_out_as_in_the_reference():
         while where < len(text):  # $ x | x .
             middle = text.find("|", where)
             n = middle - where - 1
-            if middle < 0:  # cut off in the string
+            if middle < 0 or middle + n + 1 >= len(text):  # cut off before its end: not scored
                 assert y[where:] == [-100] * (len(text) - where)
                 break
             string = text[where + 1:middle]
             assert text[where] == "$" and string.isalpha() and 4 <= n <= 32
-            want = [letters.index(i) for i in string + "."][:len(text) - middle]
-            assert y[where:middle] == [-100] * (n + 1) and y[middle:middle + len(want)] == want
-            assert (string + ".").startswith(text[middle + 1:middle + n + 2])
-            if middle + n + 1 < len(text):
-                assert y[middle + n + 1] == -100 and text[middle + n + 1] == "."
+            want = [letters.index(i) for i in string + "."]
+            assert y[where:middle] == [-100] * (n + 1) and y[middle:middle + n + 1] == want
+            assert text[middle + 1:middle + n + 2] == string + "." and y[middle + n + 1:middle + n + 2] in ([-100], [])
             where = middle + n + 2
 
 
@@ -914,7 +925,7 @@ def test_resume_refuses_other_flags(tmp_path, quick, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--steps", "0"], ["--steps", "'0'"]), (["--steps", "x"], ["--steps", "'x'"]), (["--save-every", "0"], []),
     (["--lr", "-1"], ["--lr"]), (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "0"], ["--lr"]),
-    (["--seed", "-1"], []), (["--task", "sort"], ["sort", "copy"]), (["--model", "lstm"], ["lstm", "resona"]),
+    (["--seed", "-1"], []), (["--seed", str(2**64)], []), (["--device", "a\nb"], []), (["--task", "sort"], ["sort", "copy"]), (["--model", "lstm"], ["lstm", "resona"]),
     (["--backbone", "attention"], ["gated", "ssm"]), (["--device", "cuda:99"], ["cuda:99"]),
     (["--device", "abc"], ["abc"]), (["--device", "meta"], ["meta"]), (["--nonsense"], [])])
 def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys):

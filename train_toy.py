@@ -38,7 +38,7 @@ MIN_LEN, MAX_LEN = 4, 32    # of a training string; evaluation goes to 16 times 
 EVAL = {32: 128, 64: 64, 128: 32, 256: 16, 512: 16}     # letters in a string: strings
 TRAIN_TOP_K, EVAL_TOP_K = 4, 16     # Resona may open more chunks of a long string than it was trained to
 WARMUP = 20         # steps of a rising learning rate; it is the lower of that ramp and a line from LR to zero
-LR = {"recurrence": 2e-2, "resona": 3e-3, "transformer": 1e-2}  # best of 1e-3 to 2e-2, see README
+LR = {"recurrence": 2e-2, "resona": 3e-3, "transformer": 1e-2}  # the best of a sweep, see README
 MODELS = tuple(LR)
 
 # ------------------------------------------------------------------------------------------ the task
@@ -60,11 +60,11 @@ def copy_string(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.n
 
 
 def copy_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """BATCH rows packed with strings of MIN_LEN..MAX_LEN letters, the last one cut off.
+    """BATCH rows packed with strings of MIN_LEN..MAX_LEN letters. The last one is cut off and not scored.
 
-        row      $ c a t | c a t . $ o w l s | o w ...
-        inputs   $ c a t | c a t . $ o w l s | o ...    the row without its last token
-        targets  - - - - c a t . - - - - - - o w ...    the row without its first, - where nothing is scored
+        row      $ c a t | c a t . $ o w l s | o w
+        inputs   $ c a t | c a t . $ o w l s | o      the row without its last token
+        targets  - - - - c a t . - - - - - - - -      the row without its first, - where nothing is scored
     -> inputs, targets: (BATCH, ROW) int64.
     """
     rows = np.zeros((BATCH, ROW + 1), dtype=np.int64)
@@ -73,9 +73,10 @@ def copy_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         end = 0
         while end <= ROW:
             tokens, score = copy_string(rng, rng.integers(MIN_LEN, MAX_LEN + 1))
-            room = min(len(tokens), ROW + 1 - end)
-            row[end:end + room], mask[end:end + room] = tokens[:room], score[:room]
-            end += room
+            room = ROW + 1 - end
+            row[end:end + len(tokens)] = tokens[:room]
+            mask[end:end + len(tokens)] = score[:room] if len(tokens) <= room else False
+            end += len(tokens)
     return inputs_and_targets(rows, scored)
 
 
@@ -120,18 +121,14 @@ def train(name: str, model: Resona, args: argparse.Namespace) -> float:
     """Train on the same batches as every other model of this seed -> seconds, those before --resume too."""
     path = args.out / f"{name}.train.pt"
     flags = {"task": args.task, "model": name, "backbone": args.backbone, "steps": args.steps,
-             "lr": args.lr[name], "seed": args.seed}
+             "lr": args.lr[name], "seed": args.seed, "rows": [BATCH, ROW, MIN_LEN, MAX_LEN], "warmup": WARMUP}
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     rng = np.random.default_rng([args.seed, 0])
     done, seconds = 0, 0.0
     if args.resume and not path.exists():
         print(f"--resume: {path} does not exist, {name} starts at step 0")
     elif args.resume:
-        saved = read_training_state(path, flags, args.device)
-        model.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        rng.bit_generator.state = saved["rng"]
-        done, seconds = saved["done"], saved["seconds"]
+        done, seconds = restore(path, flags, model, optimizer, rng)
     with StopSignal() as stop, progress(args.steps, name, "step", done) as bar:
         while done < args.steps:
             start = time.perf_counter()
@@ -191,17 +188,21 @@ def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
     return tqdm(total=total, initial=done, desc=f"{name:<11}", ncols=100, unit=unit)
 
 
-def read_training_state(path: Path, flags: dict[str, Any], device: str) -> dict[str, Any]:
-    """What train wrote, if it was with these flags. No code in the file is run."""
+def restore(path: Path, flags: dict[str, Any], model: Resona, optimizer: torch.optim.Optimizer,
+            rng: np.random.Generator) -> tuple[int, float]:
+    """Put back what train wrote, if it was with these flags -> steps done, seconds. Runs no code in the file."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        was = saved["flags"]
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        differ = [flag for flag in flags if saved["flags"].get(flag) != flags[flag]]
+        if not differ:
+            model.load_state_dict(saved["weights"])
+            optimizer.load_state_dict(saved["optimizer"])
+            rng.bit_generator.state = saved["rng"]
+            return int(saved["done"]), float(saved["seconds"])
     except Exception as error:
         raise UserError(f"--resume: {path} is not a whole training state ({type(error).__name__})") from error
-    for flag, value in flags.items():
-        if was.get(flag) != value:
-            raise UserError(f"--resume: {path} was trained with {flag} {was.get(flag)}, now it is {value}")
-    return saved
+    was, now = saved["flags"].get(differ[0]), flags[differ[0]]
+    raise UserError(f"--resume: {path} was trained with {differ[0]} {was}, now it is {now}")
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
@@ -261,14 +262,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind: Callable, low: float, what: str) -> Callable[[str], Any]:
-    """An argparse type: a finite number of at least low (more than low for a float)."""
+def number(kind: Callable, low: float, what: str, high: float = float("inf")) -> Callable[[str], Any]:
+    """An argparse type: a finite number from low to high (more than low for a float)."""
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or value < low or (kind is float and not low < value < float("inf")):
+        if value is None or not low <= value <= high or (kind is float and not low < value < float("inf")):
             raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
         return value
     return parse
@@ -278,7 +279,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(allow_abbrev=False, description="Train a recurrence, Resona and a Transformer to copy.")
     recurrent = [name for name in BACKBONES if name != "attention"]
     positive = number(int, 1, "a whole number of at least 1")
-    not_negative = number(int, 0, "a whole number of at least 0")
+    seed = number(int, 0, "a whole number from 0 to 4294967295", 2**32 - 1)
     swept = ", ".join(f"{lr:g} for {name}" for name, lr in LR.items())
     parser.add_argument("--task", choices=["copy"], default="copy", help="what to learn")
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all", help="what to train (default: all)")
@@ -287,7 +288,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=STEPS, help=f"of each model's training (default: {STEPS})")
     parser.add_argument("--lr", type=number(float, 0, "a number above 0"),
                         help=f"learning rate (default: {swept}, the best of a sweep)")
-    parser.add_argument("--seed", type=not_negative, default=0, help="of weights and data (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and data (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     parser.add_argument("--resume", action="store_true", help="go on from the training state in --out")
@@ -299,7 +300,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:
-        why = str(error).splitlines()[0]
+        why = str(error).splitlines()[0][:100]
         raise UserError(f"--device {args.device} cannot be used here: {why}") from error
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -350,7 +351,7 @@ def cli(argv: list[str]) -> int:
         main(argv)
         return 0
     except UserError as error:
-        print(f"train_toy.py: {error}", file=sys.stderr)
+        print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
         saved = "stopped and saved" if isinstance(stopped, Interrupted) else "stopped"
