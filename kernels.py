@@ -369,6 +369,12 @@ def time_search(ms, L: int, chunk_size: int, top_k: int, S: int = 64, block: int
     return row
 
 
+def copy_speed(ms) -> float:
+    """GB/s of a copy of 1 GiB, read and written: the ceiling."""
+    x = torch.empty(2**28, device="cuda")
+    return 2 * x.nbytes / ms(lambda: x.clone()) / 1e6
+
+
 def show(title: str, rows: list[dict]) -> None:
     print(f"\n{title}")
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "kernel"))
@@ -390,12 +396,10 @@ def main() -> int:
     def ms(function) -> float:
         return triton.testing.do_bench(function, return_mode="median")
 
-    x = torch.empty(2**28, device="cuda")
-    copy = 2 * x.nbytes / ms(lambda: x.clone()) / 1e6
+    copy = copy_speed(ms)
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
                "triton": triton.__version__, "copy GB/s": copy}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    del x
     peers: dict = {}
     optional(peers, "accelerated-scan", accelerated_scan)
     for name in ("chunk_hgrn", "fused_recurrent_hgrn"):

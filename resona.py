@@ -35,7 +35,7 @@ Our choices, where the paper leaves room or we depart from it:
   * α is one number per token, a sigmoid. No positions are needed in the branch, so it has none.
 
 What it costs: the recurrent state has a fixed size, but the branch remembers keys and values of all
-chunks, as much as a Transformer's cache of this width; a token attends to K·U tokens whatever the
+chunks, about as much as a Transformer's cache of this width; a token attends to K·U tokens whatever the
 length, but scores every chunk, S multiplications for each U tokens of context.
 
 Not included: dropout, mixed precision, padding masks, approximate search.

@@ -1,6 +1,6 @@
 """Train a recurrence, the same recurrence with retrieval, and a Transformer to copy; then compare them.
 
-    python train_toy.py                                    # all three, about two minutes on 2 CPU cores
+    python train_toy.py                                    # all three, two and a half minutes on 2 cores
     python train_toy.py --model resona --backbone ssm      # one of them, another backbone
     python train_toy.py --steps 2000 --out out/long        # longer; the schedule follows
     python train_toy.py --steps 2000 --out out/long --resume    # go on after Ctrl-C or a crash
