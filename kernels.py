@@ -299,7 +299,16 @@ def accelerated_scan():
 def hgrn(name: str):
     from fla.ops import hgrn as module
     peer = getattr(module, name)
-    return lambda a, b: peer(b, a)[0]  # h = exp(a)·h + b: it takes log a, and is timed without taking it
+    return lambda a, b: peer(b, a)[0]  # h = exp(a)·h + b: given log a, whose cost is not counted
+
+
+def nsa_topk():
+    from fla.ops.nsa.parallel import parallel_nsa_topk as peer
+
+    def run(q, c, top_k, chunk_size, offset):  # q: (B, L, 16, S)
+        lse = torch.zeros(q.shape[:3], device=q.device)  # it ranks exp(score - lse), summed over the heads
+        return peer(q, c.unsqueeze(2), offset + q.shape[1], lse, top_k, chunk_size, 1.0)
+    return run
 
 
 def time_scan(ms, copy: float, B: int, L: int, D: int, peers: dict) -> list[dict]:
@@ -338,7 +347,7 @@ def unfused(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> t
     return (q @ c.mT).masked_fill(hidden, -torch.inf).topk(top_k)
 
 
-def time_search(ms, L: int, chunk_size: int, top_k: int, S: int = 64, block: int = 65536) -> dict:
+def time_search(ms, L: int, chunk_size: int, top_k: int, peers: dict, S: int = 64, block: int = 65536) -> dict:
     """All L queries, `block` at a time. The floor: half the time of the bare products, as half are visible."""
     M = L // chunk_size
     q, c = torch.randn(1, L, S, device="cuda"), torch.randn(1, M, S, device="cuda")
@@ -366,6 +375,10 @@ def time_search(ms, L: int, chunk_size: int, top_k: int, S: int = 64, block: int
         for name, peer in {"topk": unfused, "compiled topk": torch.compile(unfused, dynamic=True)}.items():
             optional(row, name, lambda: ms(every_block(peer)) / row["ms"])
         row["topk peak GiB"] = peak(every_block(unfused))
+    if L <= block and chunk_size >= 2 * top_k:  # nsa_topk allows no more
+        heads = q.unsqueeze(2).repeat(1, 1, 16, 1)
+        for name, peer in peers.items():
+            optional(row, name, lambda: ms(lambda: peer(heads, c, top_k, chunk_size, 0)) / row["ms"])
     return row
 
 
@@ -404,12 +417,15 @@ def main() -> int:
     optional(peers, "accelerated-scan", accelerated_scan)
     for name in ("chunk_hgrn", "fused_recurrent_hgrn"):
         optional(peers, name, lambda: hgrn(name))
+    search_peers: dict = {}
+    optional(search_peers, "nsa_topk", nsa_topk)
     shapes = [(8, 2**n, 1536) for n in range(10, 17)] + [(1, 131072, 512), (32, 2048, 768)]
     scans = [row for shape in shapes for row in time_scan(ms, copy, *shape, peers)]
     show("scan, float32. Peers: their time / ours; accelerated-scan in its layout, hgrn given log a", scans)
-    searches = [time_search(ms, L, U, K)
+    searches = [time_search(ms, L, U, K, search_peers)
                 for L in (4096, 16384, 65536, 2**20) for U in (16, 64) for K in (4, 8, 32)]
-    show("search, S = 64; topk: time of matmul + torch.topk / ours", searches)
+    show("search, S = 64. Peers: their time / ours; topk is matmul + torch.topk; nsa_topk is fla's, which scores\n"
+         "16 heads for each search in tf32, always takes the first and last two chunks, and returns no scores", searches)
     if args.json:
         with open(args.json, "w") as file:
             json.dump({**machine, "rows": scans + searches}, file, indent=1)

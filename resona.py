@@ -57,9 +57,8 @@ from torch import Tensor, nn
 
 # The three hot functions, scan, search and attend, exist as "naive", the specification; as "parallel",
 # PyTorch on any device; the first two also as "triton", in kernels.py, for GPUs. This is the switch. "auto"
-# takes Triton for tensors on a CUDA GPU and parallel elsewhere; it becomes the default once the kernels,
-# so far run in Triton's interpreter and compiled for GPUs, have been run and timed on one.
-IMPLEMENTATION = "parallel"
+# takes Triton for tensors on a CUDA GPU, where it is installed, and parallel elsewhere.
+IMPLEMENTATION = "auto"
 
 
 def _version(x: Tensor, naive: Callable, parallel: Callable, kernel: str | None = None) -> Callable:
@@ -178,6 +177,7 @@ class _Scan(torch.autograd.Function):
         return h
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dh):
         a, h, h0 = ctx.saved_tensors
         g = torch.empty_like(h)
