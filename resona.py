@@ -16,7 +16,7 @@ Letters, the same throughout this file (the paper's symbol where it names one):
     D  model width              K  retrieved chunks, config.top_k (k)
     N  states per channel       S  width of the search, config.d_search
     H  heads                    E  width of a head, D / H
-    W  width of the short convolution, config.d_conv
+    G  groups of chunks         W  width of the short convolution, config.d_conv
     p  absolute position of a token: the tokens read by earlier calls count
     α  mixing coefficient, one per token (α)
     γ  sharpness of the search, learned: chunk scores lie in -γ..γ
@@ -31,14 +31,15 @@ Our choices, where the paper leaves room or we depart from it:
     token j. "What followed this?" is then one look-up, an induction head in a single layer.
   * The search compares by cosine, times γ, so no key wins every search by being long.
   * The search learns from the loss: the log-probabilities of the chosen chunks are added to the
-    attention logits. This is how we read the paper's "differentiable" search; ours is exact.
+    attention logits. This is how we read the paper's "differentiable" search. It is exact; the paper's
+    approximate one becomes search="two_level", which scores groups of chunks before chunks.
   * α is one number per token, a sigmoid. No positions are needed in the branch, so it has none.
 
 What it costs: the recurrent state has a fixed size, but the branch remembers keys and values of all
 chunks, about as much as a Transformer's cache of this width; a token attends to K·U tokens whatever the
-length, but scores every chunk, S multiplications for each U tokens of context.
+length, but scores every chunk, S multiplications for each U tokens of context (two_level: a part of them).
 
-Not included: dropout, mixed precision, padding masks, approximate search.
+Not included: dropout, mixed precision, padding masks.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ class ResonaConfig:
     chunk_size: int = 4               # U
     top_k: int = 4                    # K; may be changed on a trained model
     d_search: int = 32                # S
+    search: str = "exact"             # or "two_level", which scores a part of the chunks only; with
+    n_group: int = 256                # G, groups of chunks, and the
+    top_group: int = 16               # best of them that a query looks into
     d_conv: int = 4                   # W
     d_ff: int = 128                   # hidden width of each layer's MLP
 
@@ -103,6 +107,8 @@ class ResonaConfig:
         if not callable(self.backbone) and self.backbone not in list(BACKBONES):
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, or a callable "
                              f"d_model -> nn.Module, got {self.backbone!r}")
+        if self.search not in ("exact", "two_level"):
+            raise ValueError(f"search must be exact or two_level, got {self.search!r}")
         if self.backbone == "attention" and D // H % 2:
             raise ValueError(f"rotary positions need an even d_model / n_head, got {D} / {H} = {D // H}")
         listed = isinstance(self.retrieval, (list, tuple)) and all(
@@ -406,18 +412,25 @@ def search(
 
 
 def _top_chunks(score: Tensor, top_k: int, chunk_size: int, offset: int) -> Tensor:
-    """score: (B, L, M) -> index: (B, L, top_k). Takes the best and strikes it out, top_k times: torch.max
-    returns the first of equal values, where torch.topk returns any."""
-    (B, L, M), device = score.shape, score.device
+    """score: (B, L, M), which is overwritten -> index: (B, L, top_k) of the best that a query may see."""
+    (_, L, M), device = score.shape, score.device
     ended = torch.arange(offset, offset + L, device=device) // chunk_size  # chunks that each query may see
     visible = torch.arange(M, device=device) < ended.unsqueeze(1)  # (L, M)
-    score = score.masked_fill(~visible | score.isnan(), -math.inf)
-    index = torch.full((B, L, top_k), -1, device=device)
-    for slot in range(min(top_k, M)):
+    return _best(score.masked_fill_(~visible | score.isnan(), -math.inf), top_k)[1]
+
+
+def _best(score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """score: (..., M), which is overwritten -> the top_k best and where they are: (..., top_k), -inf and -1 where
+    there is none. Takes the best and strikes it out, top_k times: torch.max returns the first of equal values,
+    where torch.topk returns any."""
+    shape = (*score.shape[:-1], top_k)
+    value, index = score.new_full(shape, -math.inf), torch.full(shape, -1, device=score.device)
+    for slot in range(min(top_k, score.shape[-1])):
         best, at = score.max(dim=-1, keepdim=True)
-        index[:, :, slot:slot + 1] = at.masked_fill(best == -math.inf, -1)
+        value[..., slot:slot + 1] = best
+        index[..., slot:slot + 1] = at.masked_fill(best == -math.inf, -1)
         score.scatter_(-1, at, -math.inf)
-    return index
+    return value, index
 
 
 def _dot(q: Tensor, c: Tensor) -> Tensor:
@@ -461,7 +474,104 @@ def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
     return q.to(wide).contiguous(), c.to(wide).contiguous()  # the layout decides the order of a sum
 
 
-# 3b. Attend: each query reads the K·U tokens of its chunks. With s the score of a chunk and j a token in it,
+# 3b. Two-level search: the first G chunks head a group each, and every later chunk joins the head most like
+#     it. A query scores the heads, looks into the groups of the best of them, and scores only the chunks there.
+#     Groups depend on the past alone and a chunk never leaves its group, so it is as causal as the exact search
+#     and as indifferent to how the context is cut. It is exact while there are no more than G chunks, and
+#     whenever a query may look into all groups.
+
+def group_chunks(c: Tensor, n_group: int, known: Tensor | None = None) -> Tensor:
+    """The group of each chunk, which is the index of its head: c: (B, M, S) chunk keys -> (B, M) int64.
+
+    known: (B, any) groups of the first chunks, if they were found earlier.
+    """
+    B, M, _ = c.shape
+    group = torch.empty(B, 0, dtype=torch.int64, device=c.device) if known is None else known
+    start, heads = group.shape[1], c[:, :n_group]
+    new = [torch.arange(start, max(start, min(M, n_group)), device=c.device).expand(B, -1)]
+    block = max(1, 2**22 // max(1, B * heads.shape[1]))
+    for m in range(max(start, n_group), M, block):
+        score = _dots(c[:, m:m + block], heads).nan_to_num(nan=-math.inf)
+        new.append(_best(score, 1)[1].squeeze(-1).clamp(min=0))
+    return torch.cat([group, *new], dim=1)
+
+
+def search_two_level_naive(
+    q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0,
+    n_group: int = 256, top_group: int = 16, group: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """search_naive, but of each query's visible chunks only those in its best groups: the top_group (top_k if
+    that is more) whose heads score highest and are visible. group: group_chunks(c, n_group), if at hand."""
+    q, c = _check_search(q, c, top_k, chunk_size, offset)
+    group = group_chunks(c, n_group) if group is None else group
+    (B, L, _), M = q.shape, c.shape[1]
+    score = q.new_full((B, L, top_k), -math.inf)
+    index = torch.full((B, L, top_k), -1, device=q.device)
+    for i in range(B):
+        for t in range(L):
+            visible = min(M, (offset + t) // chunk_size)
+            dots = _dot(q[i, t], c[i, :visible])
+            heads = sorted((-s, m) for m, s in enumerate(dots[:n_group].tolist()) if s > -math.inf)
+            kept = {m for _, m in heads[:max(top_group, top_k)]}
+            ranked = sorted((-s, m) for m, s in enumerate(dots.tolist())
+                            if s > -math.inf and int(group[i, m]) in kept)
+            for slot, (_, m) in enumerate(ranked[:top_k]):
+                score[i, t, slot], index[i, t, slot] = dots[m], m
+    return score, index
+
+
+def search_two_level_parallel(
+    q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0,
+    n_group: int = 256, top_group: int = 16, group: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same as search_two_level_naive, group by group: all queries that look into a group meet all of its
+    chunks in one matrix product. Scores G + (chunks in the best groups) chunks a query, not M."""
+    q, c = _check_search(q, c, top_k, chunk_size, offset)
+    (B, L, _), M = q.shape, c.shape[1]
+    if M <= n_group:
+        return search_parallel(q, c, top_k, chunk_size, offset)
+    with torch.no_grad():
+        group = group_chunks(c, n_group) if group is None else group
+        block = max(1, 2**22 // max(n_group, int(group.flatten().bincount().max())))
+        index = torch.stack([
+            torch.cat([_look_into_groups(q[i, t:t + block], c[i], group[i], top_k, chunk_size, offset + t,
+                                         n_group, max(top_group, top_k)) for t in range(0, L, block)])
+            for i in range(B)])
+    score = _dot(q.unsqueeze(2), _take_chunks(c, index))  # (B, L, K)
+    return score.masked_fill(index < 0, -math.inf), index
+
+
+def _look_into_groups(q: Tensor, c: Tensor, group: Tensor, top_k: int, chunk_size: int, offset: int,
+                      n_group: int, top_group: int) -> Tensor:
+    """q: (L, S), c: (M, S), group: (M,) -> index: (L, top_k)."""
+    L = len(q)
+    kept = _top_chunks(_dots(q[None], c[None, :n_group]), top_group, chunk_size, offset)[0]  # (L, P)
+    value = q.new_full((L * kept.shape[1], top_k), -math.inf)  # the best of each pair of a query and a group
+    index = torch.full(value.shape, -1, device=q.device)
+    pairs, members = kept.flatten().argsort(stable=True), group.argsort(stable=True)
+    pairs = pairs.split((kept.flatten() + 1).bincount(minlength=n_group + 1).tolist())[1:]  # the first: no group
+    for pair, chunk in zip(pairs, members.split(group.bincount(minlength=n_group).tolist())):
+        if len(pair):
+            t = pair // kept.shape[1]
+            hidden = (chunk + 1) * chunk_size > (offset + t).unsqueeze(1)
+            score = _dots(q[None, t], c[None, chunk])[0]
+            value[pair], at = _best(score.masked_fill_(hidden | score.isnan(), -math.inf), top_k)
+            index[pair] = chunk[at].masked_fill(at < 0, -1)
+    index, order = index.view(L, -1).sort(dim=-1)  # by chunk, so that of equal scores the lower one is met first
+    at = _best(value.view(L, -1).gather(1, order), top_k)[1]
+    return index.gather(1, at.clamp(min=0)).masked_fill(at < 0, -1)
+
+
+def search_two_level(
+    q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0,
+    n_group: int = 256, top_group: int = 16, group: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The version of search_two_level_naive that IMPLEMENTATION asks for."""
+    version = _version(q, search_two_level_naive, search_two_level_parallel)
+    return version(q, c, top_k, chunk_size, offset, n_group, top_group, group)
+
+
+# 3c. Attend: each query reads the K·U tokens of its chunks. With s the score of a chunk and j a token in it,
 #         r = Σ_j w_j v_j,    w = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
 #     The second term lets the loss say "this chunk more, that one less": it trains the search. (The inner
 #     softmax's normaliser cancels in the outer one; we keep it, to add what is named: a log-probability.)
@@ -506,7 +616,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Ten
     return _version(q, attend_naive, attend_parallel)(q, k, v, score, index)
 
 
-# 3c. The branch: remember, search, attend, mix.
+# 3d. The branch: remember, search, attend, mix.
 
 class Memory(NamedTuple):
     """What a retrieval branch has read: finished chunks, and the n < U tokens after them."""
@@ -516,6 +626,7 @@ class Memory(NamedTuple):
     v: Tensor  # (B, M, U, H, E) token values
     u: Tensor  # (B, n + 1, D) short features of the n tokens, and of the one before them
     z: Tensor  # (B, n, D) normed layer inputs of the n tokens
+    group: Tensor | None  # (B, M) groups of the chunks, for the two-level search
 
 
 class ChunkEncoder(nn.Module):
@@ -580,7 +691,10 @@ class Retrieval(nn.Module):
     def search(self, asks: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
         """Score chunks by γ·cos(query, key)."""
         q = self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)
-        return search(q, memory.c, top_k, self.config.chunk_size, offset)
+        if self.config.search == "exact":
+            return search(q, memory.c, top_k, self.config.chunk_size, offset)
+        return search_two_level(q, memory.c, top_k, self.config.chunk_size, offset,
+                                self.config.n_group, self.config.top_group, memory.group)
 
     def remember(self, z: Tensor, u: Tensor, past: Memory | None) -> Memory:
         """Append L tokens: every chunk that they finish gets its keys and values."""
@@ -589,12 +703,21 @@ class Retrieval(nn.Module):
         z = z if past is None else torch.cat([past.z, z], dim=1)
         M = z.shape[1] // U  # chunks finished now
         end = M * U
-        c = self.search_key(u[:, :end + 1])  # (B, M, S)
-        k = self.heads(self.key(u[:, :end])).unflatten(1, (M, U))  # key of token j from the features of j - 1
-        v = self.heads(self.value(z[:, :end])).unflatten(1, (M, U))  # (B, M, U, H, E)
+        new = self.encode(u[:, :end + 1], z[:, :end])
         if past is not None:  # token by token, the past is copied only when a chunk is finished
-            c, k, v = (torch.cat(pair, dim=1) if M else pair[0] for pair in zip(past[:3], (c, k, v)))
-        return Memory(c, k, v, u[:, end:].clone(), z[:, end:].clone())
+            new = tuple(torch.cat(pair, dim=1) if M else pair[0] for pair in zip(past[:3], new))
+        group = None
+        if self.config.search == "two_level":
+            group = group_chunks(new[0].detach(), self.config.n_group, None if past is None else past.group)
+        return Memory(*new, u[:, end:].clone(), z[:, end:].clone(), group)
+
+    def encode(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Search keys, token keys and token values, as in Memory, of M new chunks. u: (B, M·U + 1, D) features,
+        from those of the token before the first chunk; z: (B, M·U, D)."""
+        U, M = self.config.chunk_size, z.shape[1] // self.config.chunk_size
+        k = self.heads(self.key(u[:, :-1])).unflatten(1, (M, U))  # key of token j from the features of j - 1
+        v = self.heads(self.value(z)).unflatten(1, (M, U))  # (B, M, U, H, E)
+        return self.search_key(u), k, v
 
     def heads(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, H, E)
         return x.unflatten(-1, (self.config.n_head, -1))
