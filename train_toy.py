@@ -1,8 +1,13 @@
-"""Train a recurrence, the same recurrence with retrieval, and a Transformer to copy; then compare them.
+"""Train a recurrence, the same recurrence with retrieval, and a Transformer on one task; then compare them.
 
-    python train_toy.py                                    # all three, two and a half minutes on 2 cores
+    python train_toy.py                                    # copying, all three, two and a half minutes on 2 cores
     python train_toy.py --model resona --backbone ssm      # one of them, another backbone
-    python train_toy.py --steps 2000 --out out/long        # longer; the schedule follows
+    python train_toy.py --task mqar --seeds 3              # another task, mean and deviation over three seeds
+    python train_toy.py --task all                         # every task, and one table of them
+    python train_toy.py --task recall --sweep              # every model with every learning rate of SWEEP
+    python train_toy.py --ablate                           # copying with one thing changed at a time
+    python train_toy.py --task needle --model resona --lengths 1024,131072,1048576     # a long context
+    python train_toy.py --task text --data my_book.txt     # your text instead of Python's documentation
     python train_toy.py --steps 2000 --out out/long --resume    # go on after Ctrl-C or a crash
 
 Writes to --out: results.json, <model>.pt (read it with resona.Resona.load), <model>.train.pt (for --resume).
@@ -13,14 +18,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
+import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -28,27 +36,50 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from resona import BACKBONES, Resona, ResonaConfig
+import resona
+from resona import BACKBONES, Resona, ResonaConfig, Retrieval
 
 # --------------------------------------------------------------------------------- hyper-parameters
-STEPS = 400         # of each model
-BATCH = 16          # rows of
-ROW = 220           # tokens: three to twenty strings each, and 55 chunks to search, many more than top_k
-MIN_LEN, MAX_LEN = 4, 32    # of a training string; evaluation goes to 16 times the longest
-EVAL = {32: 128, 64: 64, 128: 32, 256: 16, 512: 16}     # letters in a string: strings
-TRAIN_TOP_K, EVAL_TOP_K = 4, 16     # Resona may open more chunks of a long string than it was trained to
-WARMUP = 20         # steps of a rising learning rate; it is the lower of that ramp and a line from LR to zero
-LR = {"recurrence": 2e-2, "resona": 3e-3, "transformer": 1e-2}  # the best of a sweep, see README
-MODELS = tuple(LR)
-
-# ------------------------------------------------------------------------------------------ the task
-# Copying as in Jelassi et al., "Repeat After Me", arXiv 2402.01032: letters a-z are 0..25.
-START, SEPARATOR, END = 26, 27, 28
-VOCAB = 30          # the reference's 29 pads; no row here needs it
+# What is common to all tasks; each task states its own steps, learning rates and sizes below.
+BATCH = 16          # rows
+WARMUP = 20         # steps of a rising learning rate; it is the lower of that ramp and a line from lr to zero
+SWEEP = (1e-3, 3e-3, 1e-2, 3e-2)    # learning rates of --sweep
+MODELS = ("recurrence", "resona", "transformer")
+PIECE = 8192        # tokens that evaluation feeds at a time; the state carries the rest
 IGNORE = -100       # the target where nothing is scored
 
+Rng = np.random.Generator
+Sizes = "tuple[int, ...]"
+Rows = "tuple[np.ndarray, np.ndarray]"      # two of (rows, length): inputs and targets, or a row and its mask
 
-def copy_string(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+
+class Task(NamedTuple):
+    """What to learn, and how it is tested."""
+
+    vocab_size: int
+    unit: str                               # what the lengths of the tests count
+    lengths: list[int]                      # of the tests; a sweep goes by the first
+    limits: tuple[int, int]                 # that a length must keep to
+    batch: Callable[[Rng], Rows]            # rows to train on
+    test: Callable[[Rng, int], dict[str, Rows]]     # rows to test on, at one length
+    lr: dict[str, float]                    # peak learning rates: the best of a sweep, see README
+    steps: int
+    config: dict[str, Any] = {}             # what differs from ResonaConfig's defaults
+    test_top_k: int | None = None           # Resona may open more chunks than it was trained to
+    scores: tuple[str, ...] = ("token", "sequence")
+
+
+def rates(recurrence: float, resona: float, transformer: float) -> dict[str, float]:
+    return dict(zip(MODELS, (recurrence, resona, transformer)))
+
+
+# ----------------------------------------------------------------------------- task 1: copying, n-grams
+# Jelassi et al., "Repeat After Me", arXiv 2402.01032. Letters a-z are 0..25; the reference's 29 pads, and
+# no row here needs it.
+START, SEPARATOR, END = 26, 27, 28
+
+
+def copy_string(rng: Rng, length: int) -> Rows:
     """One string of `length` letters, to be copied, and which of its tokens are scored.
 
         tokens  $ c a t | c a t .
@@ -59,49 +90,352 @@ def copy_string(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.n
     return tokens, np.arange(len(tokens)) >= length + 2
 
 
-def copy_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """BATCH rows packed with strings of MIN_LEN..MAX_LEN letters. The last one is cut off and not scored.
+def ngram_string(rng: Rng, length: int, form: str | None = None) -> Rows:
+    """Which four letters follow these three? They are named before the string or after it, by a coin.
+
+        prefix  $ p e r | s u p e r s e d e | s e d e .      suffix  $ s u p e r s e d e | p e r s e d e .
+        scored  0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 1              0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 1
+    The three letters occur once in the string.
+    """
+    while True:
+        x = rng.integers(0, 26, length)
+        at = rng.integers(0, length - 6)
+        key, answer = x[at:at + 3], x[at + 3:at + 7]
+        if (np.lib.stride_tricks.sliding_window_view(x, 3) == key).all(1).sum() == 1:
+            break
+    form = form or rng.choice(["prefix", "suffix"])
+    parts = [[START], key, [SEPARATOR], x, [SEPARATOR]] if form == "prefix" else [[START], x, [SEPARATOR], key]
+    tokens = np.concatenate([*parts, answer, [END]])
+    return tokens, np.arange(len(tokens)) >= len(tokens) - 5
+
+
+def packed(rng: Rng, string: Callable[[Rng, int], Rows], shortest: int, longest: int, row: int = 220) -> Rows:
+    """BATCH rows packed with strings of random length. The last one is cut off and not scored.
 
         row      $ c a t | c a t . $ o w l s | o w
         inputs   $ c a t | c a t . $ o w l s | o      the row without its last token
         targets  - - - - c a t . - - - - - - - -      the row without its first, - where nothing is scored
-    -> inputs, targets: (BATCH, ROW) int64.
     """
-    rows = np.zeros((BATCH, ROW + 1), dtype=np.int64)
-    scored = np.zeros((BATCH, ROW + 1), dtype=bool)
-    for row, mask in zip(rows, scored):
+    rows = np.zeros((BATCH, row + 1), dtype=np.int64)
+    scored = np.zeros((BATCH, row + 1), dtype=bool)
+    for tokens, mask in zip(rows, scored):
         end = 0
-        while end <= ROW:
-            tokens, score = copy_string(rng, rng.integers(MIN_LEN, MAX_LEN + 1))
-            room = ROW + 1 - end
-            row[end:end + len(tokens)] = tokens[:room]
-            mask[end:end + len(tokens)] = score[:room] if len(tokens) <= room else False
-            end += len(tokens)
-    return inputs_and_targets(rows, scored)
+        while end <= row:
+            more, score = string(rng, rng.integers(shortest, longest + 1))
+            room = row + 1 - end
+            tokens[end:end + len(more)] = more[:room]
+            mask[end:end + len(more)] = score[:room] if len(more) <= room else False
+            end += len(more)
+    return shift(rows, scored)
 
 
-def copy_eval(rng: np.random.Generator, length: int, strings: int) -> tuple[Tensor, Tensor]:
-    """One string a row, nothing else -> inputs, targets: (strings, 2 * length + 2) int64."""
-    rows, scored = zip(*(copy_string(rng, length) for _ in range(strings)))
-    return inputs_and_targets(np.stack(rows), np.stack(scored))
+def shift(rows: np.ndarray, scored: np.ndarray) -> Rows:
+    """Rows and what of them is scored -> inputs, targets: the next token of each."""
+    rows, scored = np.asarray(rows, dtype=np.int64), np.asarray(scored)
+    return rows[:, :-1], np.where(scored[:, 1:], rows[:, 1:], IGNORE)
 
 
-def inputs_and_targets(rows: np.ndarray, scored: np.ndarray) -> tuple[Tensor, Tensor]:
-    targets = np.where(scored[:, 1:], rows[:, 1:], IGNORE)
-    return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets)
+def one_a_row(rng: Rng, string: Callable[[Rng, int], Rows], length: int, rows: int = 0) -> Rows:
+    rows = rows or min(128, max(16, 4096 // length))
+    return shift(*map(np.stack, zip(*(string(rng, length) for _ in range(rows)))))
+
+
+def copy_task() -> Task:
+    """Copy a string of 4 to 32 random letters; tested up to 16 times the longest."""
+    return Task(29 + 1, "letters", [32, 64, 128, 256, 512], (1, 100_000),
+                lambda rng: packed(rng, copy_string, 4, 32),
+                lambda rng, length: {str(length): one_a_row(rng, copy_string, length)},
+                rates(2e-2, 3e-3, 1e-2), 400, test_top_k=16, scores=("token", "sequence", "generated"))
+
+
+def ngram_task() -> Task:
+    """Find three letters in a string of 8 to 32 and say what followed them."""
+    return Task(29 + 1, "letters", [32, 128, 512], (7, 1500),
+                lambda rng: packed(rng, ngram_string, 8, 32),
+                lambda rng, length: {f"{form} {length}": one_a_row(rng, partial(ngram_string, form=form), length)
+                                     for form in ("prefix", "suffix")},
+                rates(1e-2, 3e-3, 3e-3), 500, test_top_k=16)
+
+
+# ------------------------------------------------------------------- task 2: multi-query associative recall
+# Arora et al., "Zoology", arXiv 2312.04927.
+
+def mqar_rows(rng: Rng, rows: int, length: int, pairs: int, vocab: int, random_fill: bool = True) -> Rows:
+    """Keys and their values, then some of the keys again, each to be answered where it stands.
+
+        inputs   k1 v1 k2 v2 k3 v3  k2 .  k1 .  .  .  k3 .      . a random token, or 0 without random_fill
+        targets  -  -  -  -  -  -   v2 -  v1 -  -  -  v3 -      at the key itself, not one later
+    Keys are 1..vocab/2-1, values the upper half; gaps before a query follow a power law.
+    """
+    inputs = rng.integers(0, vocab, (rows, length)) if random_fill else np.zeros((rows, length), dtype=np.int64)
+    targets = np.full((rows, length), IGNORE)
+    slots = np.arange(1, (length - 2 * pairs) // 2 + 1)
+    likely = slots ** (0.01 - 1.0)
+    for x, y in zip(inputs, targets):
+        keys = 1 + rng.choice(vocab // 2 - 1, pairs, replace=False)
+        values = vocab // 2 + rng.choice(vocab // 2, pairs, replace=False)
+        x[0:2 * pairs:2], x[1:2 * pairs:2] = keys, values
+        at = 2 * pairs + 2 * rng.choice(len(slots), pairs, replace=False, p=likely / likely.sum())
+        x[at], y[at] = keys, values
+    return inputs, targets
+
+
+def mqar_task() -> Task:
+    """4 to 64 pairs of a key and a value, 255 keys in all; tested on 128 pairs too."""
+    vocab, trained = 512, [(64, 4), (128, 8), (256, 16), (256, 32), (256, 64)]
+
+    def batch(rng):
+        length, pairs = trained[rng.integers(len(trained))]
+        return mqar_rows(rng, BATCH, length, pairs, vocab)
+
+    return Task(vocab, "pairs", [16, 4, 8, 32, 64, 128], (1, vocab // 2 - 1), batch,
+                lambda rng, pairs: {str(pairs): mqar_rows(rng, 64, max(64, 8 * pairs), pairs, vocab)},
+                rates(1e-2, 3e-3, 3e-3), 600)
+
+
+# ------------------------------------------------------- task 3: recall, noisy, fuzzy, selective, memorize
+# MAD: Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures", arXiv 2403.17844. Its sixth
+# task, compression, is an autoencoder and no language model: out of scope.
+
+def recall_row(rng: Rng, length: int, keys: int, key_sizes: Sizes, value_sizes: Sizes, noise: float = 0.0) -> Rows:
+    """Pairs of a key and a value; the value of a key that came before is scored. The last key came before.
+
+        recall   k2 v7 k5 v1 k2 v7 k5 v1                    keys are 0..keys-1, then come 8 values
+        scored   0  0  0  0  0  1  0  1
+        noisy    k2 v7 n3 n9 k2 v7 k2 v7                    here and there two of the 16 noise tokens above
+        fuzzy    *  *  *  k2 k4 v7 k5 v1 v0 v6 k2 k4 v7     keys, values of 1 to 3 different tokens; left-padded
+    """
+    tokens, scored, book, last = [], [], {}, False
+    while not last:
+        last = len(tokens) + 2 * (max(key_sizes) + max(value_sizes)) > length
+        if book and not last and rng.random() < noise:
+            tokens += [*rng.integers(keys + 8, keys + 24, 2)]
+            scored += [False, False]
+            continue
+        key = tuple(rng.permutation(keys)[:key_sizes[rng.integers(len(key_sizes))]])
+        if last:
+            key = list(book)[rng.integers(len(book))]
+        came_before = key in book
+        if not came_before:
+            book[key] = keys + rng.permutation(8)[:value_sizes[rng.integers(len(value_sizes))]]
+        tokens += [*key, *book[key]]
+        scored += [False] * len(key) + [came_before] * len(book[key])
+    pad = length - len(tokens)
+    return np.array([keys + 8] * pad + tokens), np.array([False] * pad + scored)
+
+
+def recall_task(vocab: int, keys: int, sizes: Sizes, lr: dict, steps: int, noise: float = 0.0) -> Task:
+    """Trained on rows of 128 tokens, with every next token a target, as in the reference; tested on the values
+    of keys that came before, and (fuzzy) with keys of the largest size alone."""
+    odd = len(sizes) > 1  # the reference's fuzzy rows are one token longer
+
+    def batch(rng):
+        rows, _ = zip(*(recall_row(rng, 128 + odd, keys, sizes, sizes, noise) for _ in range(BATCH)))
+        return shift(rows, np.ones_like(rows, dtype=bool))
+
+    def test(rng, length):
+        rows = (recall_row(rng, length + odd, keys, sizes[-1:], sizes, noise) for _ in range(64))
+        return {str(length): shift(*zip(*rows))}
+
+    return Task(vocab, "tokens", [128, 512], (16, 16384), batch, test, lr, steps)
+
+
+def selective_rows(rng: Rng, rows: int, length: int) -> Rows:
+    """Sixteen tokens among blanks, to be said again in order when asked, while reading blanks.
+
+        inputs   . . 3 . 7 . . . 0 ? . . .          . blank (14), ? the copy token (15)
+        targets  - - - - - - - - - - 3 7 0
+    """
+    x = rng.integers(0, 14, (rows, 16))
+    blanks = length - 33
+    inputs = np.stack([np.insert(row, rng.integers(0, 16, blanks), 14) for row in x])  # (rows, length - 17)
+    ask, answer = np.full((rows, 1), 15), np.full((rows, 16), 14)
+    targets = np.concatenate([np.full((rows, length - 16), IGNORE), x], axis=1)
+    return np.concatenate([inputs, ask, answer], axis=1), targets
+
+
+def selective_task() -> Task:
+    return Task(16, "tokens", [256, 512], (34, 100_000), lambda rng: selective_rows(rng, BATCH, 256),
+                lambda rng, length: {str(length): selective_rows(rng, 64, length)},
+                rates(1e-2, 3e-3, 3e-3), 600)
+
+
+def memorize_rows(rng: Rng, rows: int, length: int) -> Rows:
+    """One fixed map of 128 keys to 128 values, the same in every row: nothing in the context helps.
+
+        inputs   k1 * k5 * k1 *         keys 0..127, * the token 255
+        targets  -  v -  w -  v         values 128..255
+    """
+    fixed = np.random.default_rng(12345)  # the reference's map
+    keys, values = fixed.permutation(128), 128 + fixed.permutation(128)
+    value_of = values[keys.argsort()]
+    inputs, targets = np.full((rows, length), 255), np.full((rows, length), IGNORE)
+    inputs[:, ::2] = rng.integers(0, 128, (rows, length // 2))
+    targets[:, 1::2] = value_of[inputs[:, ::2]]
+    return inputs, targets
+
+
+def memorize_task() -> Task:
+    return Task(256, "tokens", [32], (2, 100_000), lambda rng: memorize_rows(rng, BATCH, 32),
+                lambda rng, length: {str(length): memorize_rows(rng, 64, length // 2 * 2)},
+                rates(1e-2, 1e-2, 1e-2), 400)
+
+
+# ------------------------------------------------------------------------- task 4: a needle, a phone book
+
+def needle_rows(rng: Rng, rows: int, length: int) -> Rows:
+    """A key and its value somewhere in noise, and at the end the key again.
+
+        inputs   n n n k v n n n n n k      noise 32..63, keys 0..15, values 16..31
+        targets  - - - - - - - - - - v
+    """
+    inputs, targets = rng.integers(32, 64, (rows, length)), np.full((rows, length), IGNORE)
+    key, value, at = rng.integers(0, 16, rows), rng.integers(16, 32, rows), rng.integers(0, length - 2, rows)
+    inputs[np.arange(rows), at], inputs[np.arange(rows), at + 1] = key, value
+    inputs[:, -1], targets[:, -1] = key, value
+    return inputs, targets
+
+
+def needle_task() -> Task:
+    """Trained on 32 to 512 tokens. Up to G = 512 chunks the two-level search is exact, so also in training."""
+    def batch(rng):
+        length = int(2 ** rng.uniform(5, 9))
+        return needle_rows(rng, max(BATCH, 4096 // length), length)
+
+    return Task(64, "tokens", [512, 1024, 4096, 16384], (3, 2**24), batch,
+                lambda rng, length: {str(length): needle_rows(rng, 20, length)}, rates(1e-2, 3e-3, 3e-3), 300,
+                {"chunk_size": 8, "search": "two_level", "n_group": 512, "top_group": 8}, scores=("token",))
+
+
+def phonebook_row(rng: Rng, entries: int, queries: int) -> Rows:
+    """A phone book in ASCII, then names from it, whose numbers are scored, the line's end included.
+
+        Bodaxi: 4832        a name of three syllables, four digits
+        Kumere: 1719
+        Bodaxi: 4832        <- scored: 4832 and the end of the line
+    """
+    consonants, vowels = np.frombuffer(b"bcdfghjklmnprstvwxyz", np.uint8), np.frombuffer(b"aeiou", np.uint8)
+    names = rng.choice(len(consonants) * 5, (2 * entries + 8, 3))
+    names = np.unique(names, axis=0)
+    names = rng.permutation(names)[:entries]
+    lines = np.full((entries, 13), ord("\n"))
+    lines[:, 0:6:2], lines[:, 1:6:2] = consonants[names // 5], vowels[names % 5]
+    lines[:, 0] -= 32  # upper case
+    lines[:, 6:8] = ord(":"), ord(" ")
+    lines[:, 8:12] = rng.integers(ord("0"), ord("9") + 1, (entries, 4))
+    asked = lines[rng.integers(0, entries, queries)]
+    scored = np.concatenate([np.zeros_like(lines), np.zeros_like(asked)])
+    scored[entries:, 8:] = 1
+    return np.concatenate([lines, asked]).flatten(), scored.flatten() > 0
+
+
+def phonebook_task() -> Task:
+    """Books of 4 to 20 entries, 30 lines with the questions."""
+    def batch(rng):
+        return shift(*zip(*(phonebook_row(rng, n, 30 - n) for n in rng.integers(4, 21, BATCH))))
+
+    return Task(128, "entries", [16, 64, 256], (1, 20_000), batch,
+                lambda rng, n: {str(n): shift(*zip(*(phonebook_row(rng, n, 1) for _ in range(64))))},
+                rates(1e-2, 3e-3, 3e-3), 500, test_top_k=16)
+
+
+# ------------------------------------------------------------------------------------- task 5: real text
+TEXT_ROW = 512
+
+
+def read_text(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes to train on and held-out bytes: every tenth topic of the documentation that is in CPython, or the last
+    tenth of the user's file."""
+    if path is None:
+        from pydoc_data.topics import topics
+        names = sorted(topics)
+        held_out = "\n".join(topics[name] for name in names[::10]).encode()
+        train = "\n".join(topics[name] for name in names if name not in names[::10]).encode()
+    else:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"--data {path} cannot be read: {error.strerror}") from error
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--data {path} is not text in UTF-8: byte {error.start} is {data[error.start]}") from error
+        cut = len(data) * 9 // 10
+        train, held_out = data[:cut], data[cut:]
+        if len(held_out) <= TEXT_ROW:
+            raise UserError(f"--data {path} has {len(data)} bytes, too few: its last tenth is held out and must be "
+                            f"longer than a row, so at least {10 * (TEXT_ROW + 1)} are needed")
+    return tuple(np.frombuffer(part, np.uint8).astype(np.int64) for part in (train, held_out))
+
+
+def text_row(rng: Rng, text: np.ndarray, length: int, passage: int) -> Rows:
+    """A passage, other text up to `length`, and the passage again, of which the second reading is scored."""
+    first, other = rng.integers(0, len(text) - passage, 2)
+    between = np.take(text, range(other, other + length + 1 - 2 * passage), mode="wrap")
+    row = np.concatenate([text[first:first + passage], between, text[first:first + passage]])
+    return row, np.arange(length + 1) > length - passage
+
+
+def text_task(data: Path | None) -> Task:
+    """Bytes. In training, half of the rows are plain text; in the others a passage of 32 to 192 bytes comes
+    twice. Tests: held-out text, and the second reading of 128 held-out bytes in rows of each length."""
+    train, held_out = read_text(data)
+
+    def batch(rng):
+        plain = rng.integers(0, len(train) - TEXT_ROW, BATCH // 2)
+        rows = [train[at:at + TEXT_ROW + 1] for at in plain]
+        rows += [text_row(rng, train, TEXT_ROW, rng.integers(32, 193))[0] for _ in range(BATCH - len(rows))]
+        return shift(rows, np.ones((BATCH, TEXT_ROW + 1), dtype=bool))
+
+    def test(rng, length):
+        tests = {}
+        if length == TEXT_ROW:
+            at = rng.integers(0, len(held_out) - TEXT_ROW, 64)
+            tests["held-out"] = shift([held_out[i:i + length + 1] for i in at], np.ones((64, length + 1), dtype=bool))
+        rows = (text_row(rng, held_out, length, 128) for _ in range(max(8, 16384 // length)))
+        return {**tests, f"again {length}": shift(*zip(*rows))}
+
+    return Task(256, "bytes", [TEXT_ROW, 2048, 8192], (256, 2**20), batch, test, rates(1e-2, 3e-3, 3e-3), 500,
+                test_top_k=16, scores=("token", "bits"))
+
+
+TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
+    "copy": lambda args: copy_task(),
+    "ngram": lambda args: ngram_task(),
+    "mqar": lambda args: mqar_task(),
+    "recall": lambda args: recall_task(16, 8, (1,), rates(1e-2, 3e-3, 3e-3), 400),
+    "noisy": lambda args: recall_task(32, 8, (1,), rates(1e-2, 3e-3, 3e-3), 400, noise=0.2),
+    "fuzzy": lambda args: recall_task(16, 7, (1, 2, 3), rates(1e-2, 3e-3, 3e-3), 800),
+    "selective": lambda args: selective_task(),
+    "memorize": lambda args: memorize_task(),
+    "needle": lambda args: needle_task(),
+    "phonebook": lambda args: phonebook_task(),
+    "text": lambda args: text_task(args.data),
+}
+
+
+def make_task(name: str, args: argparse.Namespace) -> Task:
+    """Raises UserError for lengths that do not fit."""
+    task = TASKS[name](args)
+    for length in args.lengths or []:
+        low, high = task.limits
+        if not low <= length <= high:
+            raise UserError(f"--lengths: {name} is tested on {low} to {high} {task.unit}, got {length}")
+    return task._replace(lengths=args.lengths or task.lengths, steps=args.steps or task.steps,
+                         lr=task.lr if args.lr is None else dict.fromkeys(MODELS, args.lr))
 
 
 # ---------------------------------------------------------------------------------------- the models
-def make_model(name: str, backbone: str) -> Resona:
+def make_model(name: str, backbone: str, task: Task) -> Resona:
     """All three have the same depth, the same width of short convolution and, within 1 %, the same number of
     parameters: what Resona spends on retrieval the other two spend on d_model, and so on a larger state.
     d_model grows while an MLP of 1.5 times its width still fits, then d_ff takes the parameters left."""
-    resona = ResonaConfig(VOCAB, backbone=backbone, top_k=TRAIN_TOP_K)
+    resona = ResonaConfig(task.vocab_size, backbone=backbone, **task.config)
     if name == "resona":
         return Resona(resona)
 
     def build(d_model: int, d_ff: int) -> Resona:
-        return Resona(ResonaConfig(VOCAB, d_model=d_model, d_ff=d_ff, retrieval=False,
+        return Resona(ResonaConfig(task.vocab_size, d_model=d_model, d_ff=d_ff, retrieval=False,
                                    backbone="attention" if name == "transformer" else backbone))
 
     with torch.device("meta"):  # shapes without memory, to count
@@ -117,36 +451,52 @@ def count(model: Resona) -> int:
 
 
 # ---------------------------------------------------------------------------------------- training
-def train(name: str, model: Resona, args: argparse.Namespace) -> float:
+class Run(NamedTuple):
+    """One training and testing of some models, with its results in a folder of its own."""
+
+    task_name: str
+    task: Task
+    seed: int
+    out: Path
+    args: argparse.Namespace
+
+
+def train(name: str, model: Resona, run: Run) -> float:
     """Train on the same batches as every other model of this seed -> seconds, those before --resume too."""
-    path = args.out / f"{name}.train.pt"
-    flags = {"task": args.task, "model": name, "backbone": args.backbone, "steps": args.steps,
-             "lr": args.lr[name], "seed": args.seed, "rows": [BATCH, ROW, MIN_LEN, MAX_LEN], "warmup": WARMUP}
+    task, args, path = run.task, run.args, run.out / f"{name}.train.pt"
+    peak = task.lr[name]
+    flags = {"task": run.task_name, "model": name, "backbone": args.backbone, "steps": task.steps, "lr": peak,
+             "seed": run.seed, "data": str(args.data), "config": str(model.config)}
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    rng = np.random.default_rng([args.seed, 0])
+    rng = np.random.default_rng([run.seed, 0])
     done, seconds = 0, 0.0
     if args.resume and not path.exists():
         print(f"--resume: {path} does not exist, {name} starts at step 0")
     elif args.resume:
         done, seconds = restore(path, flags, model, optimizer, rng)
-    with StopSignal() as stop, progress(args.steps, name, "step", done) as bar:
-        while done < args.steps:
+    with StopSignal() as stop, progress(task.steps, name, "step", done) as bar:
+        while done < task.steps:
             start = time.perf_counter()
-            lr = args.lr[name] * min((done + 1) / WARMUP, 1 - done / args.steps)
-            loss, accuracy = train_step(model, optimizer, lr, *(x.to(args.device) for x in copy_batch(rng)))
+            lr = peak * min((done + 1) / WARMUP, 1 - done / task.steps)
+            loss, accuracy = train_step(model, optimizer, lr, *tensors(task.batch(rng), args.device))
             done += 1
-            if done % 10 == 0 or done == args.steps:
+            if done % 10 == 0 or done == task.steps:
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}")
             bar.update()
             seconds += time.perf_counter() - start
-            if stop.asked or done % args.save_every == 0 or done == args.steps:
+            if stop.asked or done % args.save_every == 0 or done == task.steps:
                 state = {"flags": flags, "done": done, "seconds": seconds, "weights": model.state_dict(),
                          "optimizer": optimizer.state_dict(), "rng": rng.bit_generator.state}
                 write(path, lambda new: torch.save(state, new))
             if stop.asked:
                 raise Interrupted
-    write(args.out / f"{name}.pt", model.save)
+    write(run.out / f"{name}.pt", model.save)
     return seconds
+
+
+def tensors(rows: Rows, device: str) -> tuple[Tensor, Tensor]:
+    inputs, targets = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(device) for x in rows)
+    return inputs, targets
 
 
 def train_step(
@@ -155,7 +505,7 @@ def train_step(
     """One update at this learning rate -> loss and accuracy before it, over the scored tokens."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    logits, _ = model(inputs)  # (BATCH, ROW, VOCAB)
+    logits, _ = model(inputs)  # (rows, length, vocab_size)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     optimizer.zero_grad()
     loss.backward()
@@ -213,43 +563,301 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
         os.fsync(file.fileno())
     os.replace(new, path)
 
-
 # -------------------------------------------------------------------------------------- evaluation
+Scores = "dict[str, dict[str, float]]"  # test -> score -> value
+
+
 @torch.no_grad()
-def evaluate(model: Resona, length: int, seed: int, device: str, top_k: int | None) -> dict[str, float]:
-    """Accuracy on strings of one length, letters and END. Token: right next tokens when fed the true answer.
-    Sequence: strings with every token right, so also strings generated without a mistake. Generated: right
-    tokens when the model reads its own output, where one mistake may lead to the next."""
-    rng = np.random.default_rng([seed, 1, length])
-    inputs, targets = (x.to(device) for x in copy_eval(rng, length, EVAL[length]))
-    answer = slice(length + 1, None)  # the last prompt token, the separator, predicts the first letter
-    right, written = [], []
-    for x, y in zip(inputs.split(16), targets[:, answer].split(16)):  # attention takes L·K·U memory a row
-        right.append(model(x, top_k=top_k)[0][:, answer].argmax(-1) == y)
-        text = model.generate(x[:, :length + 2], length + 1, top_k=top_k)
-        written.append(text[:, length + 2:] == y)
-    right, written = torch.cat(right), torch.cat(written)
-    return {
-        "token_accuracy": right.float().mean().item(),
-        "sequence_accuracy": right.all(1).float().mean().item(),
-        "generated_accuracy": written.float().mean().item(),
+def evaluate(model: Resona, rows: Rows, device: str, top_k: int | None, free: bool, bar: tqdm) -> dict[str, float]:
+    """Scores of one test. Token: share of the scored tokens that were the likeliest, when fed the true ones. Sequence:
+    share of the rows with every scored token right. Bits: per scored token. Generated: share of the tokens right
+    when the model reads its own output, where one mistake may lead to the next (free: rows of prompt, answer)."""
+    start = time.perf_counter()
+    inputs, targets = tensors(rows, device)
+    right, bits, written = [], 0.0, []
+    for x, y in zip(*(v.split(max(1, 16384 // inputs.shape[1])) for v in (inputs, targets))):
+        scored, state = y != IGNORE, None
+        hits = torch.zeros_like(scored)
+        for at in range(0, x.shape[1], PIECE):
+            piece = slice(at, at + PIECE)
+            logits, state = model(x[:, piece], state, top_k)
+            hits[:, piece] = logits.argmax(-1) == y[:, piece]
+            bits += F.cross_entropy(logits[scored[:, piece]], y[:, piece][scored[:, piece]], reduction="sum").item()
+            bar.update(logits[..., 0].numel())
+        right.append(hits)
+        if free:
+            prompt = int(scored[0].long().argmax()) + 1  # the last prompt token predicts the first scored one
+            text = model.generate(x[:, :prompt], y.shape[1] - prompt + 1, top_k=top_k)
+            written.append(text[:, prompt:] == y[:, prompt - 1:])
+    right, scored = torch.cat(right), targets != IGNORE
+    scores = {
+        "token_accuracy": (right & scored).sum().item() / scored.sum().item(),
+        "sequence_accuracy": (right | ~scored).all(1).float().mean().item(),
+        "bits_per_token": bits / math.log(2) / scored.sum().item(),
+        "seconds": time.perf_counter() - start,
+        "peak_gib": peak_memory(device),
     }
+    return {**scores, "generated_accuracy": torch.cat(written).float().mean().item()} if free else scores
 
 
-Scores = dict[tuple[str, "int | None"], dict[str, dict[str, float]]]  # (model, top_k) -> length -> score
+def peak_memory(device: str) -> float:
+    """GiB of memory that this process has held at most so far; of the GPU if it is on one."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def table(scores: Scores, parameters: dict[str, int], seconds: dict[str, float]) -> str:
-    """One line per model and score, one column per length."""
-    lines = [f"{'accuracy by letters in the string':<42}" + "".join(f"{length:>9}" for length in EVAL)]
-    for (name, top_k), by_length in scores.items():
-        detail = f"top_k {top_k or TRAIN_TOP_K}" if name == "resona" else ""
-        size, time = f"{parameters[name]:,} parameters", f"{seconds[name]:.0f} s of training"
-        facts = [f"{name:<12}{detail}", f"  {size}", f"  {time}"]
-        for fact, score in zip(facts, ["token", "sequence", "generated"]):
-            cells = "".join(f"{by_length[str(length)][score + '_accuracy']:>9.3f}" for length in EVAL)
-            lines.append(f"{fact:<30}{score:<12}{cells}")
+def test(models: dict[str, Resona], run: Run) -> dict[str, Scores]:
+    """Every model on every test; Resona also with more chunks, under the name resona@K."""
+    task, device = run.task, run.args.device
+    tests = {}
+    for length in sorted(task.lengths):
+        tests.update(task.test(np.random.default_rng([run.seed, 1, length]), length))
+    runs = [(name, None) for name in models]  # None: with the top_k of training
+    if "resona" in models and task.test_top_k:
+        runs.insert(list(models).index("resona") + 1, ("resona", task.test_top_k))
+    scores: dict[str, Scores] = {}
+    with progress(len(runs) * sum(x.size for x, _ in tests.values()), "evaluation", "token") as bar:
+        for name, top_k in runs:
+            mine = scores[f"{name}@{top_k}" if top_k else name] = {}
+            for test_name, rows in tests.items():
+                try:
+                    mine[test_name] = evaluate(models[name], rows, device, top_k, "generated" in task.scores, bar)
+                except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+                    if not isinstance(error, MemoryError) and "memory" not in str(error):
+                        raise
+                    bar.write(f"{name}: out of memory in test {test_name}, which is left out")
+    return scores
+
+
+def table(scores: dict[str, list[Scores]], task: Task, parameters: dict[str, int], seconds: dict[str, float]) -> str:
+    """One line per model and score, one column per test; over several seeds, mean and standard deviation."""
+    key = {"token": "token_accuracy", "sequence": "sequence_accuracy", "generated": "generated_accuracy",
+           "bits": "bits_per_token", "seconds": "seconds", "GiB": "peak_gib"}
+    tests = list(next(iter(scores.values()))[0])
+    width = max(12, *map(len, tests)) if len(next(iter(scores.values()))) > 1 else max(8, *map(len, tests))
+    lines = [f"{'tests: ' + task.unit:<32}" + "".join(f" {test:>{width}}" for test in tests)]
+    for name, by_seed in scores.items():
+        model, _, top_k = name.partition("@")
+        label = f"{model} top_k {top_k}" if top_k else model
+        facts = [label, f"  {parameters[model]:,} parameters", f"  {seconds[model]:.0f} s of training"]
+        for fact, score in itertools.zip_longest(facts[:max(2, len(task.scores))], task.scores, fillvalue=""):
+            cells = (spread([one[test][key[score]] for one in by_seed if test in one]) if score else ""
+                     for test in tests)
+            lines.append(f"{fact:<22}{score:<10}" + "".join(f" {cell:>{width}}" for cell in cells))
     return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    return f"{statistics.mean(values):.3f} ±{statistics.stdev(values):.3f}"
+
+
+def do(run: Run, models: tuple[str, ...]) -> tuple[dict[str, Scores], dict[str, int], dict[str, float]]:
+    """Train, test and write results.json -> scores, parameters, seconds of training."""
+    args = run.args
+    run.out.mkdir(parents=True, exist_ok=True)
+    trained, seconds = {}, {}
+    for name in models:
+        torch.manual_seed(run.seed)
+        trained[name] = make_model(name, args.backbone, run.task).to(args.device)
+        seconds[name] = train(name, trained[name], run)
+    scores = test(trained, run)
+    parameters = {name: count(model) for name, model in trained.items()}
+    best = {name: scores.get(f"{name}@{run.task.test_top_k}", scores[name]) for name in models}
+    report = {
+        "task": run.task_name, "seed": run.seed, "device": args.device, "torch": torch.__version__,
+        "train_seconds": seconds, "parameters": parameters, "results": best,
+        "steps": run.task.steps, "lr": {name: run.task.lr[name] for name in models}, "backbone": args.backbone,
+    }
+    if "resona" in models and run.task.test_top_k:
+        report["top_k"] = {"training": trained["resona"].config.top_k, "evaluation": run.task.test_top_k}
+        report["resona_at_training_top_k"] = scores["resona"]
+    write(run.out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    return scores, parameters, seconds
+
+
+def compare(args: argparse.Namespace, names: list[str], models: tuple[str, ...]) -> None:
+    """Every task with every seed; a table for each task and, if there are several, one of all."""
+    summary = []
+    for name in names:
+        task = make_task(name, args)
+        out = args.out / name if len(names) > 1 else args.out
+        seeds = range(args.seed, args.seed + args.seeds)
+        scores: dict[str, list[Scores]] = {}
+        for seed in seeds:
+            print(f"\n{name}: {task.steps} steps of each model, seed {seed}")
+            run = Run(name, task, seed, out / f"seed-{seed}" if args.seeds > 1 else out, args)
+            one, parameters, seconds = do(run, models)
+            for key, value in one.items():
+                scores.setdefault(key, []).append(value)
+        print("\n" + table(scores, task, parameters, seconds))
+        summary.append((name, task, scores))
+        if args.seeds > 1:
+            write_means(out, name, list(seeds), scores, task, models)
+        if name == "text" and "resona" in models:
+            sample(run)
+    if len(names) > 1:
+        print("\n" + overview(summary))
+    print(f"\nwritten to {args.out}")
+
+
+def write_means(out: Path, name: str, seeds: list[int], scores: dict, task: Task, models: tuple[str, ...]) -> None:
+    best = {model: scores.get(f"{model}@{task.test_top_k}", scores[model]) for model in models}
+    by = {what: {model: {test: {score: of([one[test][score] for one in ones]) for score in ones[0][test]}
+                         for test in ones[0]} for model, ones in best.items()}
+          for what, of in (("results", statistics.mean), ("deviation", statistics.stdev))}
+    report = {"task": name, "seeds": seeds, "torch": torch.__version__, **by}
+    write(out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+
+
+def overview(summary: list[tuple[str, Task, dict[str, list[Scores]]]]) -> str:
+    """Token accuracy of every task and test; of Resona's two runs the one with more chunks."""
+    lines = [f"{'task':<11}{'test':<12}" + "".join(f"{name:>16}" for name in MODELS)]
+    for name, task, scores in summary:
+        for i, test in enumerate(next(iter(scores.values()))[0]):
+            cells = ""
+            for model in MODELS:
+                ones = scores.get(f"{model}@{task.test_top_k}", scores.get(model, []))
+                cells += f"{spread([one[test]['token_accuracy'] for one in ones if test in one]):>16}"
+            lines.append(f"{name if i == 0 else '':<11}{test:<12}{cells}")
+    return "\n".join(lines)
+
+
+def sample(run: Run) -> None:
+    """What Resona writes after the first words of the held-out text."""
+    model = Resona.load(run.out / "resona.pt", run.args.device)
+    prompt = torch.from_numpy(read_text(run.args.data)[1][:200].copy())[None].to(run.args.device)
+    generator = torch.Generator(run.args.device).manual_seed(run.seed)
+    text = model.generate(prompt, 300, temperature=0.5, generator=generator, top_k=run.task.test_top_k)[0]
+    before, after = (bytes(part.tolist()).decode(errors="replace") for part in (text[:200], text[200:]))
+    print(f"\na sample, after the marked place:\n{before}>>>{after}")
+
+
+def sweep(args: argparse.Namespace, names: list[str], models: tuple[str, ...]) -> None:
+    """Every learning rate for every model, tested on the lengths of training alone."""
+    for name in names:
+        task = make_task(name, args)
+        task = task._replace(lengths=task.lengths[:1], scores=tuple(x for x in task.scores if x != "generated"))
+        results = {}
+        for rate in SWEEP:
+            print(f"\n{name}: learning rate {rate:g}")
+            out = args.out / name / f"lr-{rate:g}"
+            results[rate], _, _ = do(Run(name, task._replace(lr=dict.fromkeys(MODELS, rate)), args.seed, out, args), models)
+        score = "bits_per_token" if "bits" in task.scores else "token_accuracy"
+        print(f"\n{name + ', ' + score.replace('_', ' '):<34}" + "".join(f"{rate:>10g}" for rate in SWEEP))
+        for model, test in itertools.product(results[rate], results[rate][models[0]]):
+            cells = (f"{results[rate][model][test][score]:>10.3f}" for rate in SWEEP)
+            print(f"{model + ', ' + test:<34}" + "".join(cells))
+
+
+# Ablations: copying with one thing about Resona changed at a time.
+
+class KeysInPlace(Retrieval):
+    """The key of a token describes the token and what came before it, not only what came before it."""
+
+    def encode(self, u, z):
+        c, _, v = super().encode(u, z)
+        return c, super().encode(torch.cat([u[:, 1:], u[:, -1:]], dim=1), z)[1], v
+
+
+class NoBias(Retrieval):
+    """The scores choose the chunks and are not seen again, so the loss does not train the search."""
+
+    def search(self, *args, **kwargs):
+        score, index = super().search(*args, **kwargs)
+        return torch.zeros_like(score).masked_fill(index < 0, -math.inf), index
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, x):
+        return x.new_zeros(*x.shape[:-1], ResonaConfig.d_search)
+
+
+ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
+    "as it is": ({}, lambda branch: None),
+    "chunks of 2 tokens": ({"chunk_size": 2}, lambda branch: None),
+    "chunks of 8 tokens": ({"chunk_size": 8}, lambda branch: None),
+    "chunks of 16 tokens": ({"chunk_size": 16}, lambda branch: None),
+    "top_k 1 in training": ({"top_k": 1}, lambda branch: None),
+    "top_k 2 in training": ({"top_k": 2}, lambda branch: None),
+    "top_k 8 in training": ({"top_k": 8}, lambda branch: None),
+    "retrieval in layer 0 only": ({"retrieval": [0]}, lambda branch: None),
+    "retrieval in layer 1 only": ({"retrieval": [1]}, lambda branch: None),
+    "keys not one step late": ({}, lambda branch: setattr(branch, "__class__", KeysInPlace)),
+    "no log-probability bias": ({}, lambda branch: setattr(branch, "__class__", NoBias)),
+    "chunk key: sum alone": ({}, lambda branch: setattr(branch.search_key, "order", Nothing())),
+    "chunk key: MLP alone": ({}, lambda branch: setattr(branch.search_key, "each", Nothing())),
+}
+
+
+def ablate(args: argparse.Namespace) -> None:
+    """Token accuracy with the top_k of training / with the larger one of the tests."""
+    task = make_task("copy", args)._replace(scores=("token",))
+    lines = [f"{'token accuracy by ' + task.unit:<30}" + "".join(f"{length:>14}" for length in task.lengths)]
+    for label, (config, patch) in ABLATIONS.items():
+        print(f"\n{label}")
+        torch.manual_seed(args.seed)
+        changed = task._replace(config=config)
+        model = make_model("resona", args.backbone, changed).to(args.device)
+        for layer in model.layers:
+            if layer.retrieval:
+                patch(layer.retrieval)
+        with tempfile.TemporaryDirectory() as out:  # a patched model is no checkpoint that Resona.load should read
+            run = Run("copy", changed, args.seed, Path(out), args)
+            train("resona", model, run)
+            scores = test({"resona": model}, run)
+        lines.append(f"{label:<30}" + "".join(
+            f"{few[name]['token_accuracy']:>8.3f} /{many[name]['token_accuracy']:.3f}"
+            for few, many in [scores.values()] for name in few))
+        print("\n" + "\n".join(lines))
+
+
+@torch.no_grad()
+def compare_search(args: argparse.Namespace) -> None:
+    """How much of the exact search's result the two-level search finds, and how fast, on the keys and queries of
+    a trained copying model while it copies a string."""
+    model, K, L = Resona.load(args.compare_search, args.device), 4, 512
+    config, (G, P) = model.config, (model.config.n_group, model.config.top_group)
+    if config.vocab_size != 30 or not config.retrieval_layers:
+        raise UserError(f"--compare-search needs a Resona that was trained on copying, got {args.compare_search}")
+    config.search = "two_level"  # to read the string in; the exact search takes minutes
+    print(f"{K} chunks for each of {L} queries; {G} groups, of which a query looks into {P}")
+    print(f"{'chunks':>8}{'layer':>7}{'found of the exact':>20}{'scored':>9}{'exact ms':>10}{'two-level ms':>14}")
+    for M in (1024, 16384, 65536):
+        tokens = M * config.chunk_size
+        string = copy_string(np.random.default_rng([args.seed, M]), tokens * 2 // 3)[0]
+        asked, state = {}, None
+        for i in config.retrieval_layers:
+            model.layers[i].retrieval.search_query.register_forward_hook(
+                lambda module, args, output, i=i: asked.update({i: output[:, -L:]}))
+        for piece in torch.from_numpy(string[None, :tokens]).to(args.device).split(PIECE, dim=1):
+            _, state = model(piece, state)
+        for i in config.retrieval_layers:
+            memory, gamma = state.layers[i][2], model.layers[i].retrieval.log_sharpness.exp()
+            sizes = (gamma * F.normalize(asked[i], dim=-1), memory.c, K, config.chunk_size, tokens - L)
+            exact, exact_ms = timed(lambda: resona.search_parallel(*sizes)[1])
+            found, found_ms = timed(lambda: resona.search_two_level_parallel(*sizes, G, P, memory.group)[1])
+            heads = resona.search_parallel(sizes[0], memory.c[:, :G], P, config.chunk_size, tokens - L)[1]
+            scored = (G + memory.group[0].bincount(minlength=G)[heads[0]].sum(1).float().mean()) / M
+            recall = (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean()
+            print(f"{M:>8}{i:>7}{recall:>20.3f}{scored:>9.3f}{exact_ms:>10.0f}{found_ms:>14.0f}")
+
+
+def timed(function: Callable) -> tuple[Any, float]:
+    """Its result, and the shortest of three times in ms."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = function()
+        times.append((time.perf_counter() - start) * 1e3)
+    return result, min(times)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -276,26 +884,37 @@ def number(kind: Callable, low: float, what: str, high: float = float("inf")) ->
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(allow_abbrev=False, description="Train a recurrence, Resona and a Transformer to copy.")
+    parser = Parser(allow_abbrev=False, description="Train a recurrence, Resona and a Transformer; compare them.")
     recurrent = [name for name in BACKBONES if name != "attention"]
     positive = number(int, 1, "a whole number of at least 1")
     seed = number(int, 0, "a whole number from 0 to 4294967295", 2**32 - 1)
-    swept = ", ".join(f"{lr:g} for {name}" for name, lr in LR.items())
-    parser.add_argument("--task", choices=["copy"], default="copy", help="what to learn")
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="copy", help="what to learn (default: copy)")
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all", help="what to train (default: all)")
     parser.add_argument("--backbone", choices=recurrent, default="gated",
                         help="the recurrence, with and without retrieval (default: gated)")
-    parser.add_argument("--steps", type=positive, default=STEPS, help=f"of each model's training (default: {STEPS})")
+    parser.add_argument("--steps", type=positive, help="of each model's training (default: the task's own)")
     parser.add_argument("--lr", type=number(float, 0, "a number above 0"),
-                        help=f"learning rate (default: {swept}, the best of a sweep)")
+                        help="peak learning rate (default: the best of a sweep, for each task and model)")
     parser.add_argument("--seed", type=seed, default=0, help="of weights and data (default: 0)")
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N",
+                        help="run with N seeds from --seed on; mean and deviation (default: 1)")
+    parser.add_argument("--lengths", type=whole_numbers, metavar="N,N,...",
+                        help="test on these: letters, pairs, tokens or entries, by task (default: the task's own)")
+    parser.add_argument("--data", type=Path, metavar="FILE",
+                        help="text for --task text (default: the documentation inside Python)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     parser.add_argument("--resume", action="store_true", help="go on from the training state in --out")
     parser.add_argument("--save-every", type=positive, default=100, metavar="N",
                         help="steps between training states (default: 100)")
+    parser.add_argument("--sweep", action="store_true",
+                        help=f"instead, train with each learning rate of {', '.join(f'{x:g}' for x in SWEEP)}")
+    parser.add_argument("--ablate", action="store_true", help="instead, copying with one part changed at a time")
+    parser.add_argument("--compare-search", type=Path, metavar="FILE",
+                        help="instead, two-level against exact search on the keys of this copying checkpoint")
     args = parser.parse_args(argv)
-    args.lr = LR if args.lr is None else dict.fromkeys(MODELS, args.lr)
+    if args.data and args.task not in ("text", "all"):
+        raise UserError(f"--data is for --task text, got --task {args.task}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=args.device).item()
@@ -310,39 +929,30 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}") from None
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    names = MODELS if args.model == "all" else [args.model]
+    names = list(TASKS) if args.task == "all" else [args.task]
+    models = MODELS if args.model == "all" else (args.model,)
+    for name in names:
+        make_task(name, args)  # before any work: are the lengths and the text all right?
     cuda = args.device.startswith("cuda")
     hardware = torch.cuda.get_device_name(args.device) if cuda else f"{torch.get_num_threads()} threads"
-    print(f"copying {MIN_LEN} to {MAX_LEN} letters, {args.steps} steps each, seed {args.seed}, "
-          f"on {args.device} ({hardware}), torch {torch.__version__}")
-    models, seconds = {}, {}
-    for name in names:
-        torch.manual_seed(args.seed)
-        models[name] = make_model(name, args.backbone).to(args.device)
-        seconds[name] = train(name, models[name], args)
-    runs = [(name, None) for name in names]  # None: with the top_k of training
-    if "resona" in names:
-        runs.insert(names.index("resona") + 1, ("resona", EVAL_TOP_K))
-    scores: Scores = {run: {} for run in runs}
-    with progress(len(runs) * len(EVAL), "evaluation", "test") as bar:
-        for (name, top_k), length in itertools.product(runs, EVAL):
-            scores[name, top_k][str(length)] = evaluate(models[name], length, args.seed, args.device, top_k)
-            bar.update()
-    parameters = {name: count(model) for name, model in models.items()}
-    results = {name: scores[name, top_k] for name, top_k in runs}  # of Resona's two runs, the later one
-    report = {
-        "task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,
-        "train_seconds": seconds, "parameters": parameters, "results": results,
-        "steps": args.steps, "lr": {name: args.lr[name] for name in names},
-    }
-    if "resona" in names:
-        report["top_k"] = {"training": TRAIN_TOP_K, "evaluation": EVAL_TOP_K}
-        report["resona_at_training_top_k"] = scores["resona", None]
-    write(args.out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-    print("\n" + table(scores, parameters, seconds))
-    print(f"\nwritten to {args.out}: results.json, {', '.join(f'{name}.pt' for name in names)}")
+    print(f"on {args.device} ({hardware}), torch {torch.__version__}, Python {sys.version.split()[0]}")
+    if args.compare_search:
+        compare_search(args)
+    elif args.ablate:
+        ablate(args)
+    elif args.sweep:
+        sweep(args, names, models)
+    else:
+        compare(args, names, models)
 
 
 def cli(argv: list[str]) -> int:
@@ -362,3 +972,4 @@ def cli(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(cli(sys.argv[1:]))
+
