@@ -31,8 +31,8 @@ Our choices, where the paper leaves room or we depart from it:
     token j. "What followed this?" is then one look-up, an induction head in a single layer.
   * The search compares by cosine, times γ, so no key wins every search by being long.
   * The search learns from the loss: the log-probabilities of the chosen chunks are added to the
-    attention logits. This is how we read the paper's "differentiable" search. It is exact; the paper's
-    approximate one becomes search="two_level", which scores groups of chunks before chunks.
+    attention logits. This is how we read the paper's "differentiable" search. It is exact by default;
+    search="two_level" is our approximate one, which scores groups of chunks before chunks.
   * α is one number per token, a sigmoid. No positions are needed in the branch, so it has none.
 
 What it costs: the recurrent state has a fixed size, but the branch remembers keys and values of all
@@ -487,6 +487,7 @@ def group_chunks(c: Tensor, n_group: int, known: Tensor | None = None) -> Tensor
     """
     B, M, _ = c.shape
     group = torch.empty(B, 0, dtype=torch.int64, device=c.device) if known is None else known
+    c = c.float()  # float64 is rounded, so that equal heads tie however they came to be equal
     start, heads = group.shape[1], c[:, :n_group]
     new = [torch.arange(start, max(start, min(M, n_group)), device=c.device).expand(B, -1)]
     block = max(1, 2**22 // max(1, B * heads.shape[1]))
@@ -511,7 +512,7 @@ def search_two_level_naive(
         for t in range(L):
             visible = min(M, (offset + t) // chunk_size)
             dots = _dot(q[i, t], c[i, :visible])
-            heads = sorted((-s, m) for m, s in enumerate(dots[:n_group].tolist()) if s > -math.inf)
+            heads = sorted((-s, m) for m, s in enumerate(dots[:n_group].float().tolist()) if s > -math.inf)
             kept = {m for _, m in heads[:max(top_group, top_k)]}
             ranked = sorted((-s, m) for m, s in enumerate(dots.tolist())
                             if s > -math.inf and int(group[i, m]) in kept)
@@ -545,7 +546,7 @@ def _look_into_groups(q: Tensor, c: Tensor, group: Tensor, top_k: int, chunk_siz
                       n_group: int, top_group: int) -> Tensor:
     """q: (L, S), c: (M, S), group: (M,) -> index: (L, top_k)."""
     L = len(q)
-    kept = _top_chunks(_dots(q[None], c[None, :n_group]), top_group, chunk_size, offset)[0]  # (L, P)
+    kept = _top_chunks(_dots(q[None], c[None, :n_group]).float(), top_group, chunk_size, offset)[0]  # (L, P)
     value = q.new_full((L * kept.shape[1], top_k), -math.inf)  # the best of each pair of a query and a group
     index = torch.full(value.shape, -1, device=q.device)
     pairs, members = kept.flatten().argsort(stable=True), group.argsort(stable=True)
@@ -781,7 +782,7 @@ class Resona(nn.Module):
 
     def __init__(self, config: ResonaConfig):
         super().__init__()
-        self.config = config = copy.copy(config)  # of which only top_k may change from here on
+        self.config = config = copy.copy(config)  # of which only top_k and search may change from here on
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         retrieval = config.retrieval_layers
         self.layers = nn.ModuleList(Layer(config, i in retrieval) for i in range(config.n_layer))

@@ -7,10 +7,13 @@ kernels run in Triton's interpreter, with small tiles, and are compiled for GPUs
 they run on it. Without Triton these tests are skipped.
 """
 
+import argparse
+import itertools
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +35,9 @@ import kernels
 import resona
 import train_toy
 from resona import (BACKBONES, ChunkEncoder, Resona, ResonaConfig, Retrieval, attend_naive, attend_parallel,
-                    scan_naive, scan_parallel, search_naive, search_parallel)
+                    scan_naive, scan_parallel, search_naive, search_parallel, search_two_level_naive,
+                    search_two_level_parallel)
+from train_toy import MODELS, TASKS
 
 DOUBLE = torch.float64
 
@@ -212,6 +217,70 @@ def test_search_never_lets_nan_win(search):
     assert score[0, 5].tolist() == [math.inf, 3, 1, -math.inf]
 
 
+# ------------------------------------------------------------------------------------ two-level search
+def two_level_inputs(B, L, M, S, dtype=torch.float32):
+    """Small integers: every float type holds their dot products exactly, and many tie."""
+    return [torch.randint(-3, 4, (B, n, S)).to(dtype).requires_grad_() for n in (L, M)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("B, L, M, S, top_k, chunk_size, offset, n_group, top_group", [
+    (2, 30, 9, 4, 3, 3, 0, 4, 2), (1, 40, 20, 3, 4, 2, 5, 5, 2), (2, 17, 6, 4, 9, 2, 3, 3, 1),
+    (1, 25, 40, 3, 2, 1, 17, 7, 1), (1, 9, 0, 4, 2, 1, 0, 7, 7), (1, 1, 30, 4, 2, 1, 30, 3, 2)])
+def test_two_level_parallel_matches_naive(B, L, M, S, top_k, chunk_size, offset, n_group, top_group, dtype):
+    q, c = two_level_inputs(B, L, M, S, dtype)
+    sizes = (top_k, chunk_size, offset, n_group, top_group)
+    want, got = search_two_level_naive(q, c, *sizes), search_two_level_parallel(q, c, *sizes)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and got[0].dtype == dtype
+    assert got[0].shape == got[1].shape == (B, L, top_k)
+    finite = want[1] >= 0
+    if finite.any():
+        torch.testing.assert_close(gradients(got[0][finite], (q, c)), gradients(want[0][finite], (q, c)))
+
+
+def test_two_level_matches_exact_when_all_groups_are_searched_or_none_is_shared():
+    q, c = two_level_inputs(2, 50, 24, 4)
+    exact = search_naive(q, c, 3, 2)
+    for n_group, top_group in ((5, 5), (24, 1), (100, 1)):
+        for search in (search_two_level_naive, search_two_level_parallel):
+            for got, want in zip(search(q, c, 3, 2, 0, n_group, top_group), exact):
+                assert torch.equal(got, want)
+    assert not torch.equal(search_two_level_naive(q, c, 3, 2, 0, 5, 1)[1], exact[1])
+
+
+def test_two_level_never_lets_nan_win():
+    q, c = (x.detach() for x in two_level_inputs(1, 40, 20, 4))
+    c[0, 1] = c[0, 7] = math.nan  # a head and a member
+    want, got = search_two_level_naive(q, c, 4, 2, 0, 3, 3), search_two_level_parallel(q, c, 4, 2, 0, 3, 3)
+    assert torch.equal(got[1], want[1]) and not (got[1] == 1).any() and not (got[1] == 7).any()
+    assert torch.equal(got[1], search_naive(q, c, 4, 2)[1])
+
+
+def test_a_chunk_joins_the_head_most_like_it_and_stays():
+    c = torch.tensor([[[1., 0], [0, 1], [2, 1], [1, 3], [-1, 0], [1, 1]]])
+    whole = resona.group_chunks(c, 2)
+    assert whole.tolist() == [[0, 1, 0, 1, 1, 0]]  # of equal heads the lower one
+    for cut in range(6):
+        assert torch.equal(resona.group_chunks(c, 2, resona.group_chunks(c[:, :cut], 2)), whole)
+
+
+def test_two_level_search_learns_from_the_loss():
+    model = small_model(search="two_level", n_group=3, top_group=2, top_k=2)
+    model(torch.randint(0, 11, (2, 60)))[0].square().sum().backward()
+    for layer in model.layers:
+        for parameter in (layer.retrieval.search_query.weight, layer.retrieval.search_key.each.weight):
+            assert parameter.grad.abs().max() > 0
+
+
+def test_two_level_search_finds_what_the_exact_one_does():
+    """Keys in clusters, as trained keys are, and queries near some of them."""
+    c = F.normalize(torch.randn(1, 64, 16).repeat_interleave(64, 1) + 0.3 * torch.randn(1, 4096, 16), dim=-1)
+    q = F.normalize(c[:, ::40] + 0.1 * torch.randn(1, 103, 16), dim=-1)
+    exact = search_parallel(q, c, 4, 1, 5000)[1]
+    found = search_two_level_parallel(q, c, 4, 1, 5000, 64, 4)[1]
+    assert (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean() > 0.9
+
+
 # ------------------------------------------------------------------------------- attend and the branch
 def attend_inputs(B=2, L=13, H=2, E=3, M=3, U=4, top_k=2):
     q = torch.randn(B, L, H, E, dtype=DOUBLE, requires_grad=True)
@@ -344,6 +413,9 @@ LAWFUL = {
     "gated": ("gated", {}), "ssm": ("ssm", {}), "attention": ("attention", {}), "gru": (gru, {}),
     "attention+retrieval": ("attention", {"retrieval": True}), "no retrieval": ("gated", {"retrieval": False}),
     "last layer only": ("gated", {"retrieval": [1]}), "one token a chunk": ("gated", {"chunk_size": 1}),
+    "two-level search": ("gated", {"search": "two_level", "n_group": 3, "top_group": 1, "top_k": 1}),
+    "two-level, a token a chunk": (
+        "gated", {"search": "two_level", "n_group": 5, "top_group": 2, "top_k": 2, "chunk_size": 1}),
 }
 
 
@@ -804,13 +876,34 @@ def test_bad_scans_and_searches_are_refused():
         refuse(lambda: search(x, x, 1, 1, -1), "offset", "-1")
 
 
-# --------------------------------------------------------------------------------------- train_toy.py
+# --------------------------------------------------------------------------------- train_toy.py: the tasks
+ARGS = argparse.Namespace(lengths=None, steps=None, lr=None, data=None)
+LETTERS = "abcdefghijklmnopqrstuvwxyz$|.*"
+
+
+def task(name, **changes):
+    return train_toy.make_task(name, argparse.Namespace(**{**vars(ARGS), **changes}))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_rows_fit_the_task(name):
+    it = task(name)
+    rng = np.random.default_rng(0)
+    tests = {test: rows for length in it.lengths[:2] for test, rows in it.test(rng, length).items()}
+    for inputs, targets in [it.batch(rng), it.batch(rng), *tests.values()]:
+        assert inputs.shape == targets.shape and 0 <= inputs.min() and inputs.max() < it.vocab_size
+        scored = targets[targets != train_toy.IGNORE]
+        assert len(scored) and 0 <= scored.min() and scored.max() < it.vocab_size
+    again = it.batch(np.random.default_rng(0))
+    assert np.array_equal(again[0], it.batch(np.random.default_rng(0))[0])
+    assert set(it.lr) == set(MODELS)
+
+
 def test_copy_rows_are_laid_out_as_in_the_reference():
-    letters = "abcdefghijklmnopqrstuvwxyz$|.*"
-    inputs, targets = train_toy.copy_batch(np.random.default_rng(3))
-    assert inputs.shape == targets.shape == (train_toy.BATCH, train_toy.ROW)
+    inputs, targets = task("copy").batch(np.random.default_rng(3))
+    assert inputs.shape == targets.shape == (train_toy.BATCH, 220)
     for x, y in zip(inputs.tolist(), targets.tolist()):
-        text = "".join(letters[i] for i in x)
+        text = "".join(LETTERS[i] for i in x)
         where = 0
         while where < len(text):  # $ x | x .
             middle = text.find("|", where)
@@ -820,7 +913,7 @@ def test_copy_rows_are_laid_out_as_in_the_reference():
                 break
             string = text[where + 1:middle]
             assert text[where] == "$" and string.isalpha() and 4 <= n <= 32
-            want = [letters.index(i) for i in string + "."]
+            want = [LETTERS.index(i) for i in string + "."]
             assert y[where:middle] == [-100] * (n + 1) and y[middle:middle + n + 1] == want
             assert text[middle + 1:middle + n + 2] == string + "." and y[middle + n + 1:middle + n + 2] in ([-100], [])
             where = middle + n + 2
@@ -829,23 +922,138 @@ def test_copy_rows_are_laid_out_as_in_the_reference():
 def test_copy_rows_hold_strings_of_every_length():
     rng, lengths = np.random.default_rng(0), set()
     for _ in range(8):
-        for row in train_toy.copy_batch(rng)[0].tolist():
+        for row in task("copy").batch(rng)[0].tolist():
             starts = [i for i, token in enumerate(row) if token == train_toy.START]
             lengths |= {(after - i - 3) // 2 for i, after in zip(starts, starts[1:])}  # $ x | x .
     assert lengths == set(range(4, 33))
 
 
-def test_copy_eval_is_one_string_a_row():
-    inputs, targets = train_toy.copy_eval(np.random.default_rng(0), 5, 3)
+def test_copy_tests_are_one_string_a_row():
+    inputs, targets = map(torch.tensor, task("copy").test(np.random.default_rng(0), 5)["5"])
     x = inputs[:, 1:6]
-    assert inputs.shape == targets.shape == (3, 12)
-    assert torch.equal(inputs, torch.cat([torch.full((3, 1), 26), x, torch.full((3, 1), 27), x], 1))
-    assert torch.equal(targets, torch.cat([torch.full((3, 6), -100), x, torch.full((3, 1), 28)], 1))
+    assert inputs.shape == targets.shape == (128, 12)
+    edge = torch.full((128, 1), 26)
+    assert torch.equal(inputs, torch.cat([edge, x, edge + 1, x], 1))
+    assert torch.equal(targets, torch.cat([torch.full((128, 6), -100), x, edge + 2], 1))
 
 
+def test_ngram_rows_ask_for_what_followed():
+    rng, forms = np.random.default_rng(0), []
+    for _ in range(50):
+        tokens, scored = train_toy.ngram_string(rng, 12)
+        text = "".join(LETTERS[i] for i in tokens)
+        prefix = re.fullmatch(r"\$(...)\|(\w{12})\|(\w{4})\.", text)
+        suffix = re.fullmatch(r"\$(\w{12})\|(...)(\w{4})\.", text)
+        assert bool(prefix) != bool(suffix)
+        key, x, answer = prefix.groups() if prefix else (suffix[2], suffix[1], suffix[3])
+        assert x.count(key) == 1 and key + answer in x
+        assert scored.tolist() == [False] * (len(text) - 5) + [True] * 5
+        forms.append(bool(prefix))
+    assert 10 < sum(forms) < 40
+
+
+@pytest.mark.parametrize("random_fill", [True, False])
+def test_mqar_answers_stand_at_the_query(random_fill):
+    inputs, targets = train_toy.mqar_rows(np.random.default_rng(0), 50, 64, 8, 128, random_fill)
+    for x, y in zip(inputs.tolist(), targets.tolist()):
+        book = dict(zip(x[0:16:2], x[1:16:2]))
+        at = [i for i, label in enumerate(y) if label != -100]
+        assert len(book) == len(at) == len(set(book.values())) == 8
+        assert all(1 <= key <= 63 for key in book) and all(64 <= value <= 127 for value in book.values())
+        assert all(i >= 16 and i % 2 == 0 and y[i] == book[x[i]] for i in at)
+        assert random_fill or all(x[i] == 0 for i in range(16, 64) if i not in at)
+    gaps = np.nonzero(targets != -100)[1]
+    assert np.median(gaps) < 16 + (64 - 16) / 2  # a power law: near ones are likelier
+
+
+@pytest.mark.parametrize("name, keys, values, length", [("recall", 8, 16, 127), ("noisy", 8, 16, 127)])
+def test_recall_scores_values_of_keys_that_came_before(name, keys, values, length):
+    it, rng, noise = task(name), np.random.default_rng(0), 0
+    inputs, targets = it.batch(rng)
+    assert inputs.shape == (train_toy.BATCH, length) and np.array_equal(inputs[:, 1:], targets[:, :-1])
+    (inputs, targets), = it.test(rng, 128).values()
+    for x, y in zip(inputs.tolist(), targets.tolist()):
+        book = {}
+        for at in range(0, len(x), 2):  # the last value is the last target
+            key, label, value = x[at], y[at], [*x, y[-1]][at + 1]
+            if key >= values:
+                noise += 1
+                assert label == -100 and value >= values
+            else:
+                assert key < keys <= value < values and label == (value if key in book else -100)
+                assert book.setdefault(key, value) == value
+        assert y[-1] == book[x[-1]] and set(y[1::2]) == {-100}
+    share = noise / (64 * len(inputs))
+    assert share == 0 if name == "recall" else 0.15 < share < 0.25
+
+
+def test_fuzzy_recall_pads_left_and_asks_with_the_longest_keys():
+    it, rng = task("fuzzy"), np.random.default_rng(0)
+    inputs, targets = it.batch(rng)
+    assert inputs.shape == (train_toy.BATCH, 128) and np.array_equal(inputs[:, 1:], targets[:, :-1])
+    (inputs, targets), = it.test(rng, 128).values()
+    for x, y in zip(inputs.tolist(), targets.tolist()):
+        row, label, book = "".join("kv*"[(i >= 7) + (i >= 15)] for i in [*x, y[-1]]), [-100, *y], {}
+        pairs = re.fullmatch(r"\**((?:kkkv{1,3})+)", row)
+        assert pairs and row.count("*") < 12
+        row = [*x, y[-1]]
+        for pair in re.finditer("kkkv{1,3}", "".join("kv*"[(i >= 7) + (i >= 15)] for i in row)):
+            key, value = tuple(row[pair.start():pair.start() + 3]), row[pair.start() + 3:pair.end()]
+            assert len(set(key)) == 3 and len(set(value)) == len(value)
+            assert label[pair.start():pair.end()] == [-100] * 3 + (value if key in book else [-100] * len(value))
+            assert book.setdefault(key, value) == value
+        assert label[-1] != -100
+
+
+def test_selective_rows_repeat_the_sixteen_tokens_in_order():
+    inputs, targets = task("selective").batch(np.random.default_rng(0))
+    assert inputs.shape == targets.shape == (train_toy.BATCH, 256)
+    for x, y in zip(inputs.tolist(), targets.tolist()):
+        assert x[239] == 15 and x[240:] == [14] * 16 and y[:240] == [-100] * 240
+        assert [i for i in x[:239] if i != 14] == y[240:]
+
+
+def test_memorize_is_the_reference_map():
+    inputs, targets = task("memorize").batch(np.random.default_rng(0))
+    pairs = {*zip(inputs[:, ::2].flatten().tolist(), targets[:, 1::2].flatten().tolist())}
+    book = dict(pairs)
+    assert len(book) == len(pairs) and (inputs[:, 1::2] == 255).all() and (targets[:, ::2] == -100).all()
+    # from a row of the reference's generator
+    assert (book[97], book[102], book[98], book[118], book[56]) == (241, 250, 202, 249, 198)
+
+
+def test_needle_phonebook_and_text_rows_can_be_answered():
+    rng = np.random.default_rng(0)
+    for length in (3, 50):
+        for x, y in zip(*train_toy.needle_rows(rng, 20, length)):
+            at, = np.nonzero(x[:-1] < 16)
+            assert len(at) == 1 and x[at[0]] == x[-1] and x[at[0] + 1] == y[-1] and (y[:-1] == -100).all()
+    row, scored = train_toy.phonebook_row(rng, 30, 5)
+    lines = bytes(row.tolist()).decode().splitlines()
+    book = dict(line.split(": ") for line in lines[:30])
+    assert len(lines) == 35 and len(book) == 30 and all(re.fullmatch(r"[A-Z][a-z]{5}: \d{4}", line) for line in lines)
+    assert all(line in lines[:30] for line in lines[30:])
+    assert bytes(row[scored].tolist()).decode().splitlines() == [line[8:] for line in lines[30:]]
+    row, scored = train_toy.text_row(rng, np.arange(1000), 200, 40)
+    assert len(row) == 201 and np.array_equal(row[scored], row[:40]) and scored.sum() == 40
+
+
+def test_text_is_split_by_topic(tmp_path):
+    train, held_out = train_toy.read_text(None)
+    assert 0.05 < len(held_out) / len(train) < 0.2
+    text = bytes(train.tolist())
+    topic = bytes(held_out[1000:1100].tolist())
+    assert topic not in text
+    (tmp_path / "t.txt").write_text("é" * 5000)
+    train, held_out = train_toy.read_text(tmp_path / "t.txt")
+    assert (len(train), len(held_out)) == (9000, 1000)
+
+
+# --------------------------------------------------------------------------------------- train_toy.py
 @pytest.mark.parametrize("backbone", ["gated", "ssm"])
-def test_the_three_models_have_equal_parameters(backbone):
-    models = [train_toy.make_model(name, backbone) for name in train_toy.MODELS]
+@pytest.mark.parametrize("name_of", TASKS)
+def test_the_three_models_have_equal_parameters(name_of, backbone):
+    models = [train_toy.make_model(name, backbone, task(name_of)) for name in MODELS]
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     assert max(counts) <= 1.01 * min(counts)
     assert {len(layer.conv.weight) for model in models for layer in model.layers} == {4}  # one width
@@ -855,33 +1063,54 @@ def test_the_three_models_have_equal_parameters(backbone):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Evaluate on short strings only."""
-    monkeypatch.setattr(train_toy, "EVAL", {32: 16, 64: 4})
+    """Few and short tests."""
+    monkeypatch.setattr(train_toy, "one_a_row", lambda rng, string, length, one=train_toy.one_a_row: one(
+        rng, string, length, 8))
+
+
+FEW = ["--lengths", "32,64"]
 
 
 def test_resona_learns_to_copy(tmp_path, quick):
-    assert train_toy.cli(["--model", "resona", "--steps", "80", "--out", str(tmp_path)]) == 0
+    assert train_toy.cli(["--model", "resona", "--steps", "80", "--out", str(tmp_path), *FEW]) == 0
     report = json.loads((tmp_path / "results.json").read_text())
     assert {"task", "seed", "device", "torch", "train_seconds", "parameters", "results"} <= set(report)
     scores = report["results"]["resona"]
     assert set(scores) == {"32", "64"} and set(report["results"]) == {"resona"}
     assert scores["32"]["token_accuracy"] > 0.5  # chance is 1/26
     assert 0 <= scores["32"]["sequence_accuracy"] <= 1
-    model = Resona.load(tmp_path / "resona.pt")
-    inputs, targets = train_toy.copy_eval(np.random.default_rng(9), 20, 16)
+    model, copy = Resona.load(tmp_path / "resona.pt"), task("copy")
+    inputs, targets = train_toy.tensors(copy.test(np.random.default_rng(9), 20)["20"], "cpu")
     before, after = (F.cross_entropy(m(inputs)[0].flatten(0, 1), targets.flatten())
-                     for m in (train_toy.make_model("resona", "gated"), model))
+                     for m in (train_toy.make_model("resona", "gated", copy), model))
     assert after < 0.7 * before
 
 
-def test_all_models_run_on_the_same_batches(tmp_path, quick, monkeypatch):
-    seen = {}
-    batch = train_toy.copy_batch
-    monkeypatch.setattr(train_toy, "copy_batch", lambda rng: seen.setdefault(len(seen), batch(rng)))
-    assert train_toy.cli(["--steps", "2", "--out", str(tmp_path)]) == 0
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that copying hands out, and a way to change what happens when it does."""
+    seen, hook = [], lambda: None
+
+    def make():
+        it = copy_task()
+        return it._replace(batch=lambda rng: (seen.append(it.batch(rng)), hook(seen))[0] or seen[-1])
+    copy_task = train_toy.copy_task
+    monkeypatch.setattr(train_toy, "copy_task", make)
+
+    def use(new):
+        nonlocal hook
+        hook = new
+    use(lambda seen: None)
+    return seen, use
+
+
+def test_all_models_run_on_the_same_batches(tmp_path, quick, batches):
+    assert train_toy.cli(["--steps", "2", "--out", str(tmp_path), *FEW]) == 0
+    seen, _ = batches
+    assert len(seen) == 6
     for first, second in zip((0, 0, 1, 1), (2, 4, 3, 5)):  # two steps of each of three models
-        assert torch.equal(seen[first][0], seen[second][0])
-    assert not torch.equal(seen[0][0], seen[1][0])
+        assert np.array_equal(seen[first][0], seen[second][0])
+    assert not np.array_equal(seen[0][0], seen[1][0])
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert set(results) == {"recurrence", "resona", "transformer"}
 
@@ -890,30 +1119,23 @@ def weights(path):
     return Resona.load(path).state_dict()
 
 
-def test_resume_ends_where_an_uninterrupted_run_does(tmp_path, quick, monkeypatch, capsys):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["--model", "resona", "--steps", "6", "--save-every", "100"]
+def test_resume_ends_where_an_uninterrupted_run_does(tmp_path, quick, batches, capsys):
+    whole, parts, (seen, use) = tmp_path / "whole", tmp_path / "parts", batches
+    flags = ["--model", "resona", "--steps", "6", "--save-every", "100", *FEW]
     assert train_toy.cli([*flags, "--out", str(whole)]) == 0
-    batch, calls = train_toy.copy_batch, []
-
-    def interrupted(rng):  # Ctrl-C in the middle of the third step
-        calls.append(0)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return batch(rng)
-
-    monkeypatch.setattr(train_toy, "copy_batch", interrupted)
+    seen.clear()
+    use(lambda seen: signal.raise_signal(signal.SIGINT) if len(seen) == 3 else None)  # in the third step
     assert train_toy.cli([*flags, "--out", str(parts)]) == 130
     assert "--resume" in capsys.readouterr().err and not (parts / "results.json").exists()
     assert train_toy.cli([*flags, "--out", str(parts), "--resume"]) == 0
-    assert len(calls) == 6  # three steps before, three after
+    assert len(seen) == 6  # three steps before, three after
     a, b = weights(whole / "resona.pt"), weights(parts / "resona.pt")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not list(parts.glob("*.new"))
 
 
 def test_resume_refuses_other_flags(tmp_path, quick, capsys):
-    flags = ["--model", "recurrence", "--out", str(tmp_path)]
+    flags = ["--model", "recurrence", "--out", str(tmp_path), *FEW]
     assert train_toy.cli([*flags, "--steps", "2"]) == 0
     assert train_toy.cli([*flags, "--steps", "3", "--resume"]) == 2
     assert "steps 2, now it is 3" in capsys.readouterr().err
@@ -922,17 +1144,95 @@ def test_resume_refuses_other_flags(tmp_path, quick, capsys):
     assert "not a whole training state" in capsys.readouterr().err
 
 
+def test_seeds_and_sweep_keep_every_run_apart(tmp_path, capsys):
+    flags = ["--task", "memorize", "--steps", "1", "--model", "resona", "--out"]
+    assert train_toy.cli([*flags, str(tmp_path / "a"), "--seeds", "2", "--seed", "5"]) == 0
+    assert "±" in capsys.readouterr().out
+    one, two, both = (json.loads((tmp_path / "a" / name / "results.json").read_text())["results"]["resona"]["32"]
+                      for name in ("seed-5", "seed-6", "."))
+    assert one != two
+    assert both["token_accuracy"] == pytest.approx((one["token_accuracy"] + two["token_accuracy"]) / 2)
+    assert train_toy.cli([*flags, str(tmp_path / "b"), "--sweep"]) == 0
+    out = capsys.readouterr().out
+    for rate in train_toy.SWEEP:
+        report = json.loads((tmp_path / "b" / "memorize" / f"lr-{rate:g}" / "results.json").read_text())
+        assert report["lr"] == {"resona": rate} and f"{rate:g}" in out
+
+
+def test_long_rows_are_read_in_pieces_with_the_same_result(monkeypatch):
+    model, rows = small_model(vocab_size=64).float(), train_toy.needle_rows(np.random.default_rng(0), 3, 90)
+    with train_toy.progress(1, "", "") as bar:
+        whole = train_toy.evaluate(model, rows, "cpu", None, False, bar)
+        monkeypatch.setattr(train_toy, "PIECE", 7)
+        parts = train_toy.evaluate(model, rows, "cpu", None, False, bar)
+    assert parts["bits_per_token"] == pytest.approx(whole["bits_per_token"], rel=1e-5)
+    assert parts["token_accuracy"] == whole["token_accuracy"]
+
+
+def test_running_out_of_memory_keeps_the_shorter_results(tmp_path, monkeypatch, capsys):
+    evaluate = train_toy.evaluate
+
+    def starved(model, rows, *args):
+        if rows[0].shape[1] > 100:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        return evaluate(model, rows, *args)
+    monkeypatch.setattr(train_toy, "evaluate", starved)
+    flags = ["--task", "needle", "--model", "resona", "--steps", "1", "--out", str(tmp_path), "--lengths", "64,128"]
+    assert train_toy.cli(flags) == 0
+    printed = capsys.readouterr()
+    assert "out of memory in test 128" in printed.err + printed.out
+    assert list(json.loads((tmp_path / "results.json").read_text())["results"]["resona"]) == ["64"]
+
+
+def test_ablations_change_what_they_say():
+    it = task("copy")
+    inputs, _ = train_toy.tensors(it.batch(np.random.default_rng(0)), "cpu")
+    outputs = []
+    for config, patch in train_toy.ABLATIONS.values():
+        torch.manual_seed(0)
+        model = train_toy.make_model("resona", "gated", it._replace(config=config))
+        for layer in model.layers:
+            if layer.retrieval:
+                patch(layer.retrieval)
+        outputs.append(model(inputs[:2, :40])[0])
+        outputs[-1].square().sum().backward()
+    for i, j in itertools.combinations(range(len(outputs)), 2):
+        assert not torch.allclose(outputs[i], outputs[j])
+
+
+def test_compare_search_reports_recall(tmp_path, capsys, monkeypatch):
+    train_toy.make_model("resona", "gated", task("copy")).save(tmp_path / "m.pt")
+    monkeypatch.setattr(train_toy, "COMPARED", (200, 600))
+    assert train_toy.cli(["--compare-search", str(tmp_path / "m.pt"), "--out", str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[0] for row in rows] == ["200", "200", "600", "600"] and [float(row[2]) for row in rows[:2]] == [1, 1]
+    assert 0 < float(rows[2][2]) <= 1
+    assert train_toy.cli(["--compare-search", str(tmp_path / "none.pt"), "--out", str(tmp_path)]) == 2
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--steps", "0"], ["--steps", "'0'"]), (["--steps", "x"], ["--steps", "'x'"]), (["--save-every", "0"], []),
     (["--lr", "-1"], ["--lr"]), (["--lr", "nan"], ["--lr", "nan"]), (["--lr", "0"], ["--lr"]),
     (["--seed", "-1"], []), (["--seed", str(2**64)], []), (["--device", "a\nb"], []), (["--task", "sort"], ["sort", "copy"]), (["--model", "lstm"], ["lstm", "resona"]),
     (["--backbone", "attention"], ["gated", "ssm"]), (["--device", "cuda:99"], ["cuda:99"]),
-    (["--device", "abc"], ["abc"]), (["--device", "meta"], ["meta"]), (["--nonsense"], [])])
+    (["--lengths", "32,x"], ["32,x"]), (["--lengths", "0"], ["copy", "1 to", "letters"]),
+    (["--lengths", "64", "--task", "mqar"], ["1 to 63 pairs"]), (["--lengths", "6", "--task", "ngram"], ["7 to"]),
+    (["--data", "none.txt", "--task", "text"], ["none.txt", "No such file"]), (["--data", "x"], ["--task copy"]),
+    (["--seeds", "0"], []), (["--device", "abc"], ["abc"]), (["--device", "meta"], ["meta"]), (["--nonsense"], [])])
 def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys):
     assert train_toy.cli(["--out", str(tmp_path / "out"), *flags]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
     assert flags[0] in printed.err and all(word in printed.err for word in words), printed.err
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"", ["0 bytes"]), (b"abc" * 1000, ["3000 bytes", "5130"]), (b"abc\xff" * 5000, ["not text in UTF-8", "byte 3"])])
+def test_text_that_cannot_be_used_is_refused(data, words, tmp_path, capsys):
+    (tmp_path / "t").write_bytes(data)
+    assert train_toy.cli(["--task", "text", "--data", str(tmp_path / "t"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
