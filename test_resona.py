@@ -1024,10 +1024,13 @@ def test_memorize_is_the_reference_map():
 
 def test_needle_phonebook_and_text_rows_can_be_answered():
     rng = np.random.default_rng(0)
-    for length in (3, 50):
+    for length in (4, 50):
         for x, y in zip(*train_toy.needle_rows(rng, 20, length)):
             at, = np.nonzero(x[:-1] < 16)
             assert len(at) == 1 and x[at[0]] == x[-1] and x[at[0] + 1] == y[-1] and (y[:-1] == -100).all()
+    inputs, targets = train_toy.needle_rows(rng, 20, 14, needles=4)
+    for x, y in zip(inputs.tolist(), targets.tolist()):
+        assert len(set(x[10:])) == 4 and y[10:] == [x[x.index(key) + 1] for key in x[10:]] and y[:10] == [-100] * 10
     row, scored = train_toy.phonebook_row(rng, 30, 5)
     lines = bytes(row.tolist()).decode().splitlines()
     book = dict(line.split(": ") for line in lines[:30])

@@ -283,26 +283,28 @@ def memorize_task() -> Task:
 
 # ------------------------------------------------------------------------- task 4: a needle, a phone book
 
-def needle_rows(rng: Rng, rows: int, length: int) -> Rows:
-    """A key and its value somewhere in noise, and at the end the key again.
+def needle_rows(rng: Rng, rows: int, length: int, needles: int = 1) -> Rows:
+    """Keys and their values somewhere in noise, and at the end the keys again. The tests have one needle.
 
         inputs   n n n k v n n n n n k      noise 32..63, keys 0..15, values 16..31
         targets  - - - - - - - - - - v
     """
     inputs, targets = rng.integers(32, 64, (rows, length)), np.full((rows, length), IGNORE)
-    key, value, at = rng.integers(0, 16, rows), rng.integers(16, 32, rows), rng.integers(0, length - 2, rows)
-    inputs[np.arange(rows), at], inputs[np.arange(rows), at + 1] = key, value
-    inputs[:, -1], targets[:, -1] = key, value
+    for x, y in zip(inputs, targets):
+        at = 2 * rng.choice((length - needles - 1) // 2, needles, replace=False) + rng.integers(2)
+        x[at] = x[-needles:] = rng.choice(16, needles, replace=False)
+        x[at + 1] = y[-needles:] = rng.integers(16, 32, needles)
     return inputs, targets
 
 
 def needle_task() -> Task:
-    """Trained on 32 to 512 tokens. Up to G = 512 chunks the two-level search is exact, so also in training."""
+    """Trained on 32 to 512 tokens with four needles. Up to 512 chunks, which is far more than in training, the
+    two-level search is the exact one."""
     def batch(rng):
         length = int(2 ** rng.uniform(5, 9))
-        return needle_rows(rng, max(BATCH, 4096 // length), length)
+        return needle_rows(rng, max(8, 4096 // length), length, needles=4)
 
-    return Task(64, "tokens", [512, 1024, 4096, 16384], (3, 2**24), batch,
+    return Task(64, "tokens", [512, 1024, 4096, 16384], (4, 2**24), batch,
                 lambda rng, length: {str(length): needle_rows(rng, 20, length)}, rates(1e-2, 3e-3, 3e-3), 300,
                 {"chunk_size": 8, "search": "two_level", "n_group": 512, "top_group": 8}, scores=("token",))
 
@@ -382,10 +384,10 @@ def text_task(data: Path | None) -> Task:
     train, held_out = read_text(data)
 
     def batch(rng):
-        plain = rng.integers(0, len(train) - TEXT_ROW, BATCH // 2)
+        plain = rng.integers(0, len(train) - TEXT_ROW, 4)
         rows = [train[at:at + TEXT_ROW + 1] for at in plain]
-        rows += [text_row(rng, train, TEXT_ROW, rng.integers(32, 193))[0] for _ in range(BATCH - len(rows))]
-        return shift(rows, np.ones((BATCH, TEXT_ROW + 1), dtype=bool))
+        rows += [text_row(rng, train, TEXT_ROW, rng.integers(32, 193))[0] for _ in range(4)]
+        return shift(rows, np.ones((8, TEXT_ROW + 1), dtype=bool))
 
     def test(rng, length):
         tests = {}
