@@ -1006,11 +1006,13 @@ def test_fuzzy_recall_pads_left_and_asks_with_the_longest_keys():
 
 
 def test_selective_rows_repeat_the_sixteen_tokens_in_order():
-    inputs, targets = task("selective").batch(np.random.default_rng(0))
-    assert inputs.shape == targets.shape == (train_toy.BATCH, 256)
-    for x, y in zip(inputs.tolist(), targets.tolist()):
-        assert x[239] == 15 and x[240:] == [14] * 16 and y[:240] == [-100] * 240
-        assert [i for i in x[:239] if i != 14] == y[240:]
+    rng, lengths = np.random.default_rng(0), set()
+    for inputs, targets in [*(task("selective").batch(rng) for _ in range(20)), train_toy.selective_rows(rng, 9, 34)]:
+        lengths.add(inputs.shape[1])
+        for x, y in zip(inputs.tolist(), targets.tolist()):
+            assert x[-17] == 15 and x[-16:] == [14] * 16 and y[:-16] == [-100] * (len(x) - 16)
+            assert [i for i in x[:-17] if i != 14] == y[-16:]
+    assert len(lengths) > 15 and min(lengths) == 34 and max(lengths) <= 256
 
 
 def test_memorize_is_the_reference_map():

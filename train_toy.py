@@ -190,7 +190,7 @@ def mqar_task() -> Task:
 
     return Task(vocab, "pairs", [16, 4, 8, 32, 63], (1, vocab // 2 - 1), batch,
                 lambda rng, pairs: {str(pairs): mqar_rows(rng, 64, max(64, 8 * pairs), pairs, vocab)},
-                rates(1e-2, 3e-3, 3e-3), 600)
+                rates(1e-2, 3e-3, 3e-3), 800)
 
 
 # ------------------------------------------------------- task 3: recall, noisy, fuzzy, selective, memorize
@@ -255,9 +255,14 @@ def selective_rows(rng: Rng, rows: int, length: int) -> Rows:
 
 
 def selective_task() -> Task:
-    return Task(16, "tokens", [256, 512], (34, 100_000), lambda rng: selective_rows(rng, BATCH, 256),
+    """Rows of 41 to 256 tokens in training, as many of them as 4096 tokens allow: short ones are learned first."""
+    def batch(rng):
+        length = 33 + round(2 ** rng.uniform(3, math.log2(256 - 33)))
+        return selective_rows(rng, 4096 // length, length)
+
+    return Task(16, "tokens", [256, 512], (34, 100_000), batch,
                 lambda rng, length: {str(length): selective_rows(rng, 64, length)},
-                rates(1e-2, 3e-3, 3e-3), 600)
+                rates(1e-2, 3e-3, 3e-3), 800)
 
 
 def memorize_rows(rng: Rng, rows: int, length: int) -> Rows:
@@ -298,14 +303,14 @@ def needle_rows(rng: Rng, rows: int, length: int, needles: int = 1) -> Rows:
 
 
 def needle_task() -> Task:
-    """Trained on 32 to 512 tokens with four needles. Up to 512 chunks, which is far more than in training, the
+    """Trained on 32 to 512 tokens with eight needles. Up to 512 chunks, which is far more than in training, the
     two-level search is the exact one."""
     def batch(rng):
         length = int(2 ** rng.uniform(5, 9))
-        return needle_rows(rng, max(8, 4096 // length), length, needles=4)
+        return needle_rows(rng, max(8, 4096 // length), length, needles=8)
 
     return Task(64, "tokens", [512, 1024, 4096, 16384], (4, 2**24), batch,
-                lambda rng, length: {str(length): needle_rows(rng, 20, length)}, rates(1e-2, 3e-3, 3e-3), 300,
+                lambda rng, length: {str(length): needle_rows(rng, 20, length)}, rates(1e-2, 3e-3, 3e-3), 1000,
                 {"chunk_size": 8, "search": "two_level", "n_group": 512, "top_group": 8}, scores=("token",))
 
 
