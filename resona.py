@@ -92,8 +92,8 @@ class ResonaConfig:
     top_k: int = 4                    # K; may be changed on a trained model
     d_search: int = 32                # S
     search: str = "exact"             # or "two_level", which scores a part of the chunks only; with
-    n_group: int = 256                # G, groups of chunks, and the
-    top_group: int = 16               # best of them that a query looks into
+    n_group: int = 512                # G, groups of chunks, and the
+    top_group: int = 40               # best of them that a query looks into
     d_conv: int = 4                   # W
     d_ff: int = 128                   # hidden width of each layer's MLP
 
@@ -474,37 +474,55 @@ def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
     return q.to(wide).contiguous(), c.to(wide).contiguous()  # the layout decides the order of a sum
 
 
-# 3b. Two-level search: the first G chunks head a group each, and every later chunk joins the head most like
-#     it. A query scores the heads, looks into the groups of the best of them, and scores only the chunks there.
-#     Groups depend on the past alone and a chunk never leaves its group, so it is as causal as the exact search
-#     and as indifferent to how the context is cut. It is exact while there are no more than G chunks, and
-#     whenever a query may look into all groups.
+# 3b. Two-level search: similar chunks form G groups, each with a head, the direction of its mean key. A query scores
+#     the heads and then only the chunks in the groups of the best. The heads are found by k-means among the first
+#     16·G chunks; until these have been read the search is exact. Later chunks join the group of the nearest head.
+#     Groups thus depend on the past alone and never change, so this search is as causal as the exact one and as
+#     indifferent to how the context is cut; it is exact, too, when a query may look into all groups.
 
-def group_chunks(c: Tensor, n_group: int, known: Tensor | None = None) -> Tensor:
-    """The group of each chunk, which is the index of its head: c: (B, M, S) chunk keys -> (B, M) int64.
+SAMPLE = 16  # chunks for each head, from which the heads are found
 
-    known: (B, any) groups of the first chunks, if they were found earlier.
-    """
+
+class Groups(NamedTuple):
+    heads: Tensor  # (B, G, S), float32; (B, 0, S) as long as there are fewer than SAMPLE·G chunks
+    member: Tensor  # (B, M) int64, the group of each chunk; (B, 0) as long
+
+
+def group_chunks(c: Tensor, n_group: int, known: Groups | None = None) -> Groups:
+    """The groups of chunk keys c: (B, M, S). known: the groups of the first of them, from an earlier call."""
     B, M, _ = c.shape
-    group = torch.empty(B, 0, dtype=torch.int64, device=c.device) if known is None else known
-    c = c.float()  # float64 is rounded, so that equal heads tie however they came to be equal
-    start, heads = group.shape[1], c[:, :n_group]
-    new = [torch.arange(start, max(start, min(M, n_group)), device=c.device).expand(B, -1)]
-    block = max(1, 2**22 // max(1, B * heads.shape[1]))
-    for m in range(max(start, n_group), M, block):
-        score = _dots(c[:, m:m + block], heads).nan_to_num(nan=-math.inf)
-        new.append(_best(score, 1)[1].squeeze(-1).clamp(min=0))
-    return torch.cat([group, *new], dim=1)
+    c = c.float().nan_to_num()  # float64 is rounded, so that equal keys tie however they came to be equal
+    if known is None or not known.heads.shape[1]:
+        if M < SAMPLE * n_group:
+            return Groups(c[:, :0], torch.empty(B, 0, dtype=torch.int64, device=c.device))
+        known = Groups(_k_means(c[:, :SAMPLE * n_group], n_group), torch.arange(0, device=c.device).expand(B, -1))
+    block = max(1, 2**22 // max(1, B * n_group))
+    new = [_nearest(c[:, m:m + block], known.heads) for m in range(known.member.shape[1], M, block)]
+    return Groups(known.heads, torch.cat([known.member, *new], dim=1))
+
+
+def _k_means(c: Tensor, n_group: int) -> Tensor:
+    """Eight rounds of spherical k-means, from every SAMPLE-th key: c: (B, SAMPLE·G, S) -> heads: (B, G, S)."""
+    heads = c[:, ::SAMPLE]
+    for _ in range(8):
+        member = F.one_hot(_nearest(c, heads), n_group).to(c.dtype)  # (B, SAMPLE·G, G)
+        heads = F.normalize(member.mT @ c, dim=-1)
+    return heads
+
+
+def _nearest(c: Tensor, heads: Tensor) -> Tensor:
+    """c: (B, M, S), heads: (B, G, S) -> (B, M), the head of the largest dot product, of equal ones the first."""
+    return _dots(c, heads).max(dim=-1).indices
 
 
 def search_two_level_naive(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0,
-    n_group: int = 256, top_group: int = 16, group: Tensor | None = None,
+    n_group: int = 512, top_group: int = 40, groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """search_naive, but of each query's visible chunks only those in its best groups: the top_group (top_k if
-    that is more) whose heads score highest and are visible. group: group_chunks(c, n_group), if at hand."""
+    """search_naive, but a query that sees SAMPLE·n_group chunks or more is only shown those in the top_group groups
+    whose heads score highest. groups: group_chunks(c, n_group), if at hand."""
     q, c = _check_search(q, c, top_k, chunk_size, offset)
-    group = group_chunks(c, n_group) if group is None else group
+    groups = group_chunks(c.detach(), n_group) if groups is None else groups
     (B, L, _), M = q.shape, c.shape[1]
     score = q.new_full((B, L, top_k), -math.inf)
     index = torch.full((B, L, top_k), -1, device=q.device)
@@ -512,10 +530,14 @@ def search_two_level_naive(
         for t in range(L):
             visible = min(M, (offset + t) // chunk_size)
             dots = _dot(q[i, t], c[i, :visible])
-            heads = sorted((-s, m) for m, s in enumerate(dots[:n_group].float().tolist()) if s > -math.inf)
-            kept = {m for _, m in heads[:max(top_group, top_k)]}
-            ranked = sorted((-s, m) for m, s in enumerate(dots.tolist())
-                            if s > -math.inf and int(group[i, m]) in kept)
+            shown = range(visible)
+            if visible >= SAMPLE * n_group:
+                heads = _dot(q[i, t].detach().float(), groups.heads[i]).tolist()
+                best = sorted((-s, group) for group, s in enumerate(heads) if s > -math.inf)[:top_group]
+                kept = {group for _, group in best}
+                shown = [m for m in shown if int(groups.member[i, m]) in kept]
+            found = dots.tolist()
+            ranked = sorted((-found[m], m) for m in shown if found[m] > -math.inf)
             for slot, (_, m) in enumerate(ranked[:top_k]):
                 score[i, t, slot], index[i, t, slot] = dots[m], m
     return score, index
@@ -523,36 +545,39 @@ def search_two_level_naive(
 
 def search_two_level_parallel(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0,
-    n_group: int = 256, top_group: int = 16, group: Tensor | None = None,
+    n_group: int = 512, top_group: int = 40, groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same as search_two_level_naive, group by group: all queries that look into a group meet all of its
-    chunks in one matrix product. Scores G + (chunks in the best groups) chunks a query, not M."""
+    chunks in one matrix product."""
     q, c = _check_search(q, c, top_k, chunk_size, offset)
-    (B, L, _), M = q.shape, c.shape[1]
-    if M <= n_group:
+    L, sample = q.shape[1], SAMPLE * n_group
+    early = min(L, max(0, sample * chunk_size - offset))  # queries that see fewer chunks than that
+    if early == L or c.shape[1] < sample:
         return search_parallel(q, c, top_k, chunk_size, offset)
     with torch.no_grad():
-        group = group_chunks(c, n_group) if group is None else group
-        block = max(1, 2**22 // max(n_group, int(group.flatten().bincount().max())))
-        index = torch.stack([
-            torch.cat([_look_into_groups(q[i, t:t + block], c[i], group[i], top_k, chunk_size, offset + t,
-                                         n_group, max(top_group, top_k)) for t in range(0, L, block)])
-            for i in range(B)])
+        heads, member = group_chunks(c, n_group) if groups is None else groups
+        index = [search_parallel(q[:, :early], c[:, :sample], top_k, chunk_size, offset)[1]] if early else []
+        block = max(1, 2**22 // int(F.one_hot(member, n_group).sum(1).max().clamp(min=n_group)))
+        index += [torch.stack([_look_into_groups(q[i, t:t + block], c[i], heads[i], member[i], top_k, chunk_size,
+                                                 offset + t, top_group) for i in range(len(q))])
+                  for t in range(early, L, block)]
+        index = torch.cat(index, dim=1)
     score = _dot(q.unsqueeze(2), _take_chunks(c, index))  # (B, L, K)
     return score.masked_fill(index < 0, -math.inf), index
 
 
-def _look_into_groups(q: Tensor, c: Tensor, group: Tensor, top_k: int, chunk_size: int, offset: int,
-                      n_group: int, top_group: int) -> Tensor:
-    """q: (L, S), c: (M, S), group: (M,) -> index: (L, top_k)."""
-    L = len(q)
-    kept = _top_chunks(_dots(q[None], c[None, :n_group]).float(), top_group, chunk_size, offset)[0]  # (L, P)
+def _look_into_groups(q: Tensor, c: Tensor, heads: Tensor, member: Tensor, top_k: int, chunk_size: int, offset: int,
+                      top_group: int) -> Tensor:
+    """q: (L, S), c: (M, S), heads: (G, S), member: (M,) -> index: (L, top_k)."""
+    L, G = len(q), len(heads)
+    score = _dots(q[None].float(), heads[None])[0]
+    kept = _best(score.masked_fill_(score.isnan(), -math.inf), min(top_group, G))[1]  # (L, P)
     value = q.new_full((L * kept.shape[1], top_k), -math.inf)  # the best of each pair of a query and a group
     index = torch.full(value.shape, -1, device=q.device)
-    pairs, members = kept.flatten().argsort(stable=True), group.argsort(stable=True)
-    pairs = pairs.split((kept.flatten() + 1).bincount(minlength=n_group + 1).tolist())[1:]  # the first: no group
-    for pair, chunk in zip(pairs, members.split(group.bincount(minlength=n_group).tolist())):
-        if len(pair):
+    pairs = kept.flatten().argsort(stable=True).split((kept.flatten() + 1).bincount(minlength=G + 1).tolist())
+    chunks = member.argsort(stable=True).split(member.bincount(minlength=G).tolist())
+    for pair, chunk in zip(pairs[1:], chunks):  # the first pairs are of no group: -1
+        if len(pair) and len(chunk):
             t = pair // kept.shape[1]
             hidden = (chunk + 1) * chunk_size > (offset + t).unsqueeze(1)
             score = _dots(q[None, t], c[None, chunk])[0]
@@ -565,11 +590,11 @@ def _look_into_groups(q: Tensor, c: Tensor, group: Tensor, top_k: int, chunk_siz
 
 def search_two_level(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0,
-    n_group: int = 256, top_group: int = 16, group: Tensor | None = None,
+    n_group: int = 512, top_group: int = 40, groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The version of search_two_level_naive that IMPLEMENTATION asks for."""
     version = _version(q, search_two_level_naive, search_two_level_parallel)
-    return version(q, c, top_k, chunk_size, offset, n_group, top_group, group)
+    return version(q, c, top_k, chunk_size, offset, n_group, top_group, groups)
 
 
 # 3c. Attend: each query reads the K·U tokens of its chunks. With s the score of a chunk and j a token in it,
@@ -627,7 +652,7 @@ class Memory(NamedTuple):
     v: Tensor  # (B, M, U, H, E) token values
     u: Tensor  # (B, n + 1, D) short features of the n tokens, and of the one before them
     z: Tensor  # (B, n, D) normed layer inputs of the n tokens
-    group: Tensor | None  # (B, M) groups of the chunks, for the two-level search
+    groups: Groups | None  # of the chunks, for the two-level search
 
 
 class ChunkEncoder(nn.Module):
@@ -695,7 +720,7 @@ class Retrieval(nn.Module):
         if self.config.search == "exact":
             return search(q, memory.c, top_k, self.config.chunk_size, offset)
         return search_two_level(q, memory.c, top_k, self.config.chunk_size, offset,
-                                self.config.n_group, self.config.top_group, memory.group)
+                                self.config.n_group, self.config.top_group, memory.groups)
 
     def remember(self, z: Tensor, u: Tensor, past: Memory | None) -> Memory:
         """Append L tokens: every chunk that they finish gets its keys and values."""
@@ -707,10 +732,10 @@ class Retrieval(nn.Module):
         new = self.encode(u[:, :end + 1], z[:, :end])
         if past is not None:  # token by token, the past is copied only when a chunk is finished
             new = tuple(torch.cat(pair, dim=1) if M else pair[0] for pair in zip(past[:3], new))
-        group = None
+        groups = None
         if self.config.search == "two_level":
-            group = group_chunks(new[0].detach(), self.config.n_group, None if past is None else past.group)
-        return Memory(*new, u[:, end:].clone(), z[:, end:].clone(), group)
+            groups = group_chunks(new[0].detach(), self.config.n_group, None if past is None else past.groups)
+        return Memory(*new, u[:, end:].clone(), z[:, end:].clone(), groups)
 
     def encode(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Search keys, token keys and token values, as in Memory, of M new chunks. u: (B, M·U + 1, D) features,
