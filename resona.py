@@ -420,9 +420,9 @@ def _top_chunks(score: Tensor, top_k: int, chunk_size: int, offset: int) -> Tens
 
 
 def _best(score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """score: (..., M), which is overwritten -> the top_k best and where they are: (..., top_k), -inf and -1 where
-    there is none. Takes the best and strikes it out, top_k times: torch.max returns the first of equal values,
-    where torch.topk returns any."""
+    """score: (..., M), which is overwritten -> the top_k best, and where they are: (..., top_k), -inf and -1
+    where there is none. Takes the best and strikes it out, top_k times: torch.max returns the first of equal
+    values, where torch.topk returns any."""
     shape = (*score.shape[:-1], top_k)
     value, index = score.new_full(shape, -math.inf), torch.full(shape, -1, device=score.device)
     for slot in range(min(top_k, score.shape[-1])):
@@ -474,11 +474,11 @@ def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
     return q.to(wide).contiguous(), c.to(wide).contiguous()  # the layout decides the order of a sum
 
 
-# 3b. Two-level search: similar chunks form G groups, each with a head, the direction of its mean key. A query scores
-#     the heads and then only the chunks in the groups of the best. The heads are found by k-means among the first
-#     16·G chunks; until these have been read the search is exact. Later chunks join the group of the nearest head.
-#     Groups thus depend on the past alone and never change, so this search is as causal as the exact one and as
-#     indifferent to how the context is cut; it is exact, too, when a query may look into all groups.
+# 3b. Two-level search: similar chunks form G groups, each with a head, the direction of its mean key. A query
+#     scores the heads and then only the chunks in the groups of the best. The heads are found by k-means among
+#     the first SAMPLE·G chunks; until these have been read the search is exact. Later chunks join the group of
+#     the nearest head. Groups thus depend on the past alone and never change, so this search is as causal as
+#     the exact one, and as indifferent to how the context is cut. With all groups looked into it is exact, too.
 
 SAMPLE = 16  # chunks for each head, from which the heads are found
 
@@ -495,7 +495,8 @@ def group_chunks(c: Tensor, n_group: int, known: Groups | None = None) -> Groups
     if known is None or not known.heads.shape[1]:
         if M < SAMPLE * n_group:
             return Groups(c[:, :0], torch.empty(B, 0, dtype=torch.int64, device=c.device))
-        known = Groups(_k_means(c[:, :SAMPLE * n_group], n_group), torch.arange(0, device=c.device).expand(B, -1))
+        nothing = torch.empty(B, 0, dtype=torch.int64, device=c.device)
+        known = Groups(_k_means(c[:, :SAMPLE * n_group], n_group), nothing)
     block = max(1, 2**22 // max(1, B * n_group))
     new = [_nearest(c[:, m:m + block], known.heads) for m in range(known.member.shape[1], M, block)]
     return Groups(known.heads, torch.cat([known.member, *new], dim=1))
@@ -511,7 +512,7 @@ def _k_means(c: Tensor, n_group: int) -> Tensor:
 
 
 def _nearest(c: Tensor, heads: Tensor) -> Tensor:
-    """c: (B, M, S), heads: (B, G, S) -> (B, M), the head of the largest dot product, of equal ones the first."""
+    """c: (B, M, S), heads: (B, G, S) -> (B, M), the head of the largest dot product; of equal ones the first."""
     return _dots(c, heads).max(dim=-1).indices
 
 
@@ -519,8 +520,8 @@ def search_two_level_naive(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0,
     n_group: int = 512, top_group: int = 40, groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """search_naive, but a query that sees SAMPLE·n_group chunks or more is only shown those in the top_group groups
-    whose heads score highest. groups: group_chunks(c, n_group), if at hand."""
+    """search_naive, but a query that sees SAMPLE·n_group chunks or more is only shown those in the top_group
+    groups whose heads score highest. groups: group_chunks(c, n_group), if at hand."""
     q, c = _check_search(q, c, top_k, chunk_size, offset)
     groups = group_chunks(c.detach(), n_group) if groups is None else groups
     (B, L, _), M = q.shape, c.shape[1]
@@ -558,16 +559,17 @@ def search_two_level_parallel(
         heads, member = group_chunks(c, n_group) if groups is None else groups
         index = [search_parallel(q[:, :early], c[:, :sample], top_k, chunk_size, offset)[1]] if early else []
         block = max(1, 2**22 // int(F.one_hot(member, n_group).sum(1).max().clamp(min=n_group)))
-        index += [torch.stack([_look_into_groups(q[i, t:t + block], c[i], heads[i], member[i], top_k, chunk_size,
-                                                 offset + t, top_group) for i in range(len(q))])
-                  for t in range(early, L, block)]
+        for t in range(early, L, block):
+            index.append(torch.stack([
+                _look_into_groups(q[i, t:t + block], c[i], heads[i], member[i], top_k, chunk_size, offset + t,
+                                  top_group) for i in range(len(q))]))
         index = torch.cat(index, dim=1)
     score = _dot(q.unsqueeze(2), _take_chunks(c, index))  # (B, L, K)
     return score.masked_fill(index < 0, -math.inf), index
 
 
-def _look_into_groups(q: Tensor, c: Tensor, heads: Tensor, member: Tensor, top_k: int, chunk_size: int, offset: int,
-                      top_group: int) -> Tensor:
+def _look_into_groups(q: Tensor, c: Tensor, heads: Tensor, member: Tensor, top_k: int, chunk_size: int,
+                      offset: int, top_group: int) -> Tensor:
     """q: (L, S), c: (M, S), heads: (G, S), member: (M,) -> index: (L, top_k)."""
     L, G = len(q), len(heads)
     score = _dots(q[None].float(), heads[None])[0]
@@ -583,7 +585,7 @@ def _look_into_groups(q: Tensor, c: Tensor, heads: Tensor, member: Tensor, top_k
             score = _dots(q[None, t], c[None, chunk])[0]
             value[pair], at = _best(score.masked_fill_(hidden | score.isnan(), -math.inf), top_k)
             index[pair] = chunk[at].masked_fill(at < 0, -1)
-    index, order = index.view(L, -1).sort(dim=-1)  # by chunk, so that of equal scores the lower one is met first
+    index, order = index.view(L, -1).sort(dim=-1)  # by chunk: of equal scores the lower one is met first
     at = _best(value.view(L, -1).gather(1, order), top_k)[1]
     return index.gather(1, at.clamp(min=0)).masked_fill(at < 0, -1)
 

@@ -51,6 +51,30 @@ def gru(d_model):
     return nn.GRU(d_model, d_model, batch_first=True)
 
 
+class DeltaRule(nn.Module):
+    """DeltaNet (arXiv 2406.06484), one step at a time: a matrix S per head that is corrected where it was wrong,
+    S ← S + β·(v - S k) kᵀ, and read by y = S q."""
+
+    def __init__(self, d_model, n_head=4):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.beta = nn.Linear(d_model, n_head)
+        self.output = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, u, S=None):
+        q, k, v = self.qkv(u).unflatten(2, (3, self.n_head, -1)).unbind(2)  # (B, L, H, E)
+        q, k, beta = F.normalize(q, dim=-1), F.normalize(k, dim=-1), torch.sigmoid(self.beta(u))
+        if S is None:
+            S = u.new_zeros(len(u), self.n_head, q.shape[-1], q.shape[-1])  # (B, H, E, E)
+        y = []
+        for t in range(u.shape[1]):
+            wrong = v[:, t] - (S @ k[:, t].unsqueeze(-1)).squeeze(-1)
+            S = S + (beta[:, t].unsqueeze(-1) * wrong).unsqueeze(-1) * k[:, t].unsqueeze(-2)
+            y.append((S @ q[:, t].unsqueeze(-1)).squeeze(-1))
+        return self.output(torch.stack(y, 1).flatten(2)), S
+
+
 def small_model(backbone="gated", vocab_size=11, **fields):
     sizes = {"d_model": 16, "n_layer": 2, "n_head": 2, "chunk_size": 4, "top_k": 3, "d_search": 8, "d_ff": 16}
     return Resona(ResonaConfig(vocab_size, backbone=backbone, **{**sizes, **fields})).double()
@@ -425,6 +449,7 @@ def test_memory_grows_with_length_not_with_its_square():
 # ------------------------------------------------------------------------------ the laws of the model
 LAWFUL = {
     "gated": ("gated", {}), "ssm": ("ssm", {}), "attention": ("attention", {}), "gru": (gru, {}),
+    "delta rule": (lambda d_model: DeltaRule(d_model, 2), {}),
     "attention+retrieval": ("attention", {"retrieval": True}), "no retrieval": ("gated", {"retrieval": False}),
     "last layer only": ("gated", {"retrieval": [1]}), "one token a chunk": ("gated", {"chunk_size": 1}),
     "two-level search": ("gated", {"search": "two_level", "n_group": 2, "top_group": 1, "top_k": 1}),
@@ -566,6 +591,31 @@ def test_generate_costs_the_same_after_a_long_prompt():
     short, long = (min(times) / 16 * 1e3 for times in zip(*pairs))  # what else the machine does only adds time
     print(f"\nms per token after 256 tokens {short:.2f}, after 4,096 {long:.2f}, ratio {long / short:.2f}")
     assert long < 1.5 * short
+
+
+@pytest.mark.parametrize("backbone", [gru, DeltaRule])
+def test_any_recurrence_copies_better_with_retrieval(backbone):
+    """Plug and play: two recurrences from outside resona.py, trained alike with and without the branch."""
+    accuracy = {}
+    for retrieval in (False, True):
+        torch.manual_seed(0)
+        rng = np.random.default_rng(0)
+        width = 64 if retrieval else 104  # about as many parameters
+        model = Resona(ResonaConfig(30, d_model=width, backbone=backbone, retrieval=retrieval))
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+        for step in range(100):
+            rows = train_toy.packed(rng, train_toy.copy_string, 4, 16, row=70)
+            train_toy.train_step(model, optimizer, 5e-3 * min((step + 1) / 10, 1 - step / 100),
+                                 *train_toy.tensors(rows, "cpu"))
+        for length in (16, 64):
+            inputs, targets = train_toy.tensors(train_toy.one_a_row(rng, train_toy.copy_string, length, 32), "cpu")
+            right = model(inputs)[0].argmax(-1) == targets
+            accuracy[retrieval, length] = right.sum().item() / (targets >= 0).sum().item()
+        size = sum(p.numel() for p in model.parameters())
+        print(f"\n{backbone.__name__}, retrieval {retrieval}, {size:,} parameters: of 16 letters "
+              f"{accuracy[retrieval, 16]:.3f} right, of 64 {accuracy[retrieval, 64]:.3f}", end="")
+    assert accuracy[True, 16] > 0.9 and accuracy[True, 64] > 0.75
+    assert accuracy[True, 16] > accuracy[False, 16] + 0.3 and accuracy[True, 64] > accuracy[False, 64] + 0.5
 
 
 # ------------------------------------------------------------------------------------- the Triton kernels

@@ -1,6 +1,6 @@
 """Train a recurrence, the same recurrence with retrieval, and a Transformer on one task; then compare them.
 
-    python train_toy.py                                    # copying, all three, two and a half minutes on 2 cores
+    python train_toy.py                                    # copying, all three, in minutes on 2 cores
     python train_toy.py --model resona --backbone ssm      # one of them, another backbone
     python train_toy.py --task mqar --seeds 3              # another task, mean and deviation over three seeds
     python train_toy.py --task all                         # every task, and one table of them
@@ -152,8 +152,9 @@ def ngram_task() -> Task:
     """Find three letters in a string of 8 to 32 and say what followed them."""
     return Task(29 + 1, "letters", [32, 128, 512], (7, 1500),
                 lambda rng: packed(rng, ngram_string, 8, 32),
-                lambda rng, length: {f"{form} {length}": one_a_row(rng, partial(ngram_string, form=form), length)
-                                     for form in ("prefix", "suffix")},
+                lambda rng, length: {
+                    f"{form} {length}": one_a_row(rng, partial(ngram_string, form=form), length)
+                    for form in ("prefix", "suffix")},
                 rates(1e-2, 3e-3, 3e-3), 500, test_top_k=16)
 
 
@@ -197,7 +198,9 @@ def mqar_task() -> Task:
 # MAD: Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures", arXiv 2403.17844. Its sixth
 # task, compression, is an autoencoder and no language model: out of scope.
 
-def recall_row(rng: Rng, length: int, keys: int, key_sizes: Sizes, value_sizes: Sizes, noise: float = 0.0) -> Rows:
+def recall_row(
+    rng: Rng, length: int, keys: int, key_sizes: Sizes, value_sizes: Sizes, noise: float = 0.0
+) -> Rows:
     """Pairs of a key and a value; the value of a key that came before is scored. The last key came before.
 
         recall   k2 v7 k5 v1 k2 v7 k5 v1                    keys are 0..keys-1, then come 8 values
@@ -255,7 +258,7 @@ def selective_rows(rng: Rng, rows: int, length: int) -> Rows:
 
 
 def selective_task() -> Task:
-    """Rows of 41 to 256 tokens in training, as many of them as 4096 tokens allow: short ones are learned first."""
+    """Rows of 41 to 256 tokens in training, as many as make 4096 tokens: short ones are learned first."""
     def batch(rng):
         length = 33 + round(2 ** rng.uniform(3, math.log2(256 - 33)))
         return selective_rows(rng, 4096 // length, length)
@@ -304,8 +307,8 @@ def needle_rows(rng: Rng, rows: int, length: int, needles: int = 1, questions: i
 
 
 def needle_task() -> Task:
-    """Trained on 64 to 512 tokens with eight needles and 32 questions. The two-level search is the exact one up to
-    SAMPLE * n_group chunks, and so in training."""
+    """Trained on 64 to 512 tokens with eight needles and 32 questions. The two-level search is the exact one
+    up to SAMPLE * n_group chunks, and so in training."""
     def batch(rng):
         length = int(2 ** rng.uniform(6, 9))
         return needle_rows(rng, 4096 // length, length, needles=8, questions=32)
@@ -352,8 +355,8 @@ TEXT_ROW = 512
 
 
 def read_text(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes to train on and held-out bytes: every tenth topic of the documentation that is in CPython, or the last
-    tenth of the user's file."""
+    """Bytes to train on and held-out bytes: every tenth topic of the documentation that is in CPython, or the
+    last tenth of the user's file."""
     if path is None:
         from pydoc_data.topics import topics
         names = sorted(topics)
@@ -367,12 +370,13 @@ def read_text(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
         try:
             data.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"--data {path} is not text in UTF-8: byte {error.start} is {data[error.start]}") from error
+            where = f"byte {error.start} is {data[error.start]}"
+            raise UserError(f"--data {path} is not text in UTF-8: {where}") from error
         cut = len(data) * 9 // 10
         train, held_out = data[:cut], data[cut:]
         if len(held_out) <= TEXT_ROW:
-            raise UserError(f"--data {path} has {len(data)} bytes, too few: its last tenth is held out and must be "
-                            f"longer than a row, so at least {10 * (TEXT_ROW + 1)} are needed")
+            raise UserError(f"--data {path} has {len(data)} bytes, too few: its last tenth is held out and must "
+                            f"be longer than a row, so at least {10 * (TEXT_ROW + 1)} are needed")
     return tuple(np.frombuffer(part, np.uint8).astype(np.int64) for part in (train, held_out))
 
 
@@ -399,7 +403,8 @@ def text_task(data: Path | None) -> Task:
         tests = {}
         if length == TEXT_ROW:
             at = rng.integers(0, len(held_out) - TEXT_ROW, 64)
-            tests["held-out"] = shift([held_out[i:i + length + 1] for i in at], np.ones((64, length + 1), dtype=bool))
+            plain = [held_out[i:i + length + 1] for i in at]
+            tests["held-out"] = shift(plain, np.ones((64, length + 1), dtype=bool))
         rows = (text_row(rng, held_out, length, 128) for _ in range(max(8, 16384 // length)))
         return {**tests, f"again {length}": shift(*zip(*rows))}
 
@@ -443,8 +448,9 @@ def make_model(name: str, backbone: str, task: Task) -> Resona:
         return Resona(resona)
 
     def build(d_model: int, d_ff: int) -> Resona:
+        kind = "attention" if name == "transformer" else backbone
         return Resona(ResonaConfig(task.vocab_size, d_model=d_model, d_ff=d_ff, d_conv=resona.d_conv,
-                                   retrieval=False, backbone="attention" if name == "transformer" else backbone))
+                                   backbone=kind, retrieval=False))
 
     with torch.device("meta"):  # shapes without memory, to count
         target, d_model = count(Resona(resona)), resona.d_model
@@ -548,7 +554,7 @@ def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
 
 def restore(path: Path, flags: dict[str, Any], model: Resona, optimizer: torch.optim.Optimizer,
             rng: np.random.Generator) -> tuple[int, float]:
-    """Put back what train wrote, if it was with these flags -> steps done, seconds. Runs no code in the file."""
+    """Put back what train wrote with the same flags -> steps done, seconds. Runs no code in the file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         differ = [flag for flag in flags if saved["flags"].get(flag) != flags[flag]]
@@ -576,10 +582,13 @@ Scores = "dict[str, dict[str, float]]"  # test -> score -> value
 
 
 @torch.no_grad()
-def evaluate(model: Resona, rows: Rows, device: str, top_k: int | None, free: bool, bar: tqdm) -> dict[str, float]:
-    """Scores of one test. Token: share of the scored tokens that were the likeliest, when fed the true ones. Sequence:
-    share of the rows with every scored token right. Bits: per scored token. Generated: share of the tokens right
-    when the model reads its own output, where one mistake may lead to the next (free: rows of prompt, answer)."""
+def evaluate(
+    model: Resona, rows: Rows, device: str, top_k: int | None, free: bool, bar: tqdm
+) -> dict[str, float]:
+    """Scores of one test. Token: share of the scored tokens that were the likeliest, when fed the true ones.
+    Sequence: share of the rows with every scored token right. Bits: per scored token. Generated, if free (rows
+    must be a prompt and its answer): share of the tokens right when the model reads its own output, where one
+    mistake may lead to the next."""
     start = time.perf_counter()
     inputs, targets = tensors(rows, device)
     right, bits, written = [], 0.0, []
@@ -590,7 +599,8 @@ def evaluate(model: Resona, rows: Rows, device: str, top_k: int | None, free: bo
             piece = slice(at, at + PIECE)
             logits, state = model(x[:, piece], state, top_k)
             hits[:, piece] = logits.argmax(-1) == y[:, piece]
-            bits += F.cross_entropy(logits[scored[:, piece]], y[:, piece][scored[:, piece]], reduction="sum").item()
+            here = scored[:, piece]
+            bits += F.cross_entropy(logits[here], y[:, piece][here], reduction="sum").item()
             bar.update(logits[..., 0].numel())
         right.append(hits)
         if free:
@@ -635,7 +645,8 @@ def test(models: dict[str, Resona], run: Run) -> dict[str, Scores]:
             mine = scores[f"{name}@{top_k}" if top_k else name] = {}
             for test_name, rows in tests.items():
                 try:
-                    mine[test_name] = evaluate(models[name], rows, device, top_k, "generated" in task.scores, bar)
+                    free = "generated" in task.scores
+                    mine[test_name] = evaluate(models[name], rows, device, top_k, free, bar)
                 except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
                     if not isinstance(error, MemoryError) and "memory" not in str(error):
                         raise
@@ -643,7 +654,9 @@ def test(models: dict[str, Resona], run: Run) -> dict[str, Scores]:
     return scores
 
 
-def table(scores: dict[str, list[Scores]], task: Task, parameters: dict[str, int], seconds: dict[str, float]) -> str:
+def table(
+    scores: dict[str, list[Scores]], task: Task, parameters: dict[str, int], seconds: dict[str, float]
+) -> str:
     """One line per model and score, one column per test; over several seeds, mean and standard deviation."""
     key = {"token": "token_accuracy", "sequence": "sequence_accuracy", "generated": "generated_accuracy",
            "bits": "bits_per_token", "seconds": "seconds", "GiB": "peak_gib"}
@@ -716,7 +729,9 @@ def compare(args: argparse.Namespace, names: list[str], models: tuple[str, ...])
     print(f"\nwritten to {args.out}")
 
 
-def write_means(out: Path, name: str, seeds: list[int], scores: dict, task: Task, models: tuple[str, ...]) -> None:
+def write_means(
+    out: Path, name: str, seeds: list[int], scores: dict[str, list[Scores]], task: Task, models: tuple[str, ...]
+) -> None:
     best = {model: scores.get(f"{model}@{task.test_top_k}", scores[model]) for model in models}
     by = {what: {model: {test: {score: of([one[test][score] for one in ones]) for score in ones[0][test]}
                          for test in ones[0]} for model, ones in best.items()}
@@ -757,7 +772,8 @@ def sweep(args: argparse.Namespace, names: list[str], models: tuple[str, ...]) -
         for rate in SWEEP:
             print(f"\n{name}: learning rate {rate:g}")
             out = args.out / name / f"lr-{rate:g}"
-            results[rate], _, _ = do(Run(name, task._replace(lr=dict.fromkeys(MODELS, rate)), args.seed, out, args), models)
+            run = Run(name, task._replace(lr=dict.fromkeys(MODELS, rate)), args.seed, out, args)
+            results[rate], _, _ = do(run, models)
         score = "bits_per_token" if "bits" in task.scores else "token_accuracy"
         print(f"\n{name + ', ' + score.replace('_', ' '):<34}" + "".join(f"{rate:>10g}" for rate in SWEEP))
         for model, test in itertools.product(results[rate], results[rate][models[0]]):
@@ -817,7 +833,7 @@ def ablate(args: argparse.Namespace) -> None:
         for layer in model.layers:
             if layer.retrieval:
                 patch(layer.retrieval)
-        with tempfile.TemporaryDirectory() as out:  # a patched model is no checkpoint that Resona.load should read
+        with tempfile.TemporaryDirectory() as out:  # Resona.load would not know what was patched
             run = Run("copy", changed, args.seed, Path(out), args)
             train("resona", model, run)
             scores = test({"resona": model}, run)
@@ -832,18 +848,18 @@ COMPARED = (1024, 16384, 65536)  # chunks
 
 @torch.no_grad()
 def compare_search(args: argparse.Namespace) -> None:
-    """How much of the exact search's result the two-level search finds, and how fast, on the keys and queries of
-    a trained copying model while it copies a string."""
+    """How much of the exact search's result the two-level search finds, and how fast, on the keys and queries
+    of a trained copying model while it copies a string."""
     try:
         model, K, L = Resona.load(args.compare_search, args.device), 4, 512
     except (OSError, ValueError) as error:
         raise UserError(f"--compare-search: {error}") from error
     config, (G, P) = model.config, (model.config.n_group, model.config.top_group)
     if config.vocab_size != 30 or not config.retrieval_layers:
-        raise UserError(f"--compare-search needs a Resona that was trained on copying, got {args.compare_search}")
+        raise UserError(f"--compare-search needs a Resona trained on copying, got {args.compare_search}")
     config.search = "two_level"  # to read the string in; the exact search takes minutes
     print(f"{K} chunks for each of {L} queries; {G} groups, of which a query looks into {P}")
-    print(f"{'chunks':>8}{'layer':>7}{'found of the exact':>20}{'scored':>9}{'exact ms':>10}{'two-level ms':>14}")
+    print("  chunks  layer  found of the exact   scored  exact ms  two-level ms")
     for M in COMPARED:
         tokens = M * config.chunk_size
         string = copy_string(np.random.default_rng([args.seed, M]), tokens * 2 // 3)[0]
@@ -900,7 +916,7 @@ def number(kind: Callable, low: float, what: str, high: float = float("inf")) ->
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(allow_abbrev=False, description="Train a recurrence, Resona and a Transformer; compare them.")
+    parser = Parser(allow_abbrev=False, description="Train a recurrence, Resona, a Transformer; compare them.")
     recurrent = [name for name in BACKBONES if name != "attention"]
     positive = number(int, 1, "a whole number of at least 1")
     seed = number(int, 0, "a whole number from 0 to 4294967295", 2**32 - 1)
@@ -915,7 +931,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=positive, default=1, metavar="N",
                         help="run with N seeds from --seed on; mean and deviation (default: 1)")
     parser.add_argument("--lengths", type=whole_numbers, metavar="N,N,...",
-                        help="test on these: letters, pairs, tokens or entries, by task (default: the task's own)")
+                        help="test on these letters, pairs, tokens, ... (default: the task's own)")
     parser.add_argument("--data", type=Path, metavar="FILE",
                         help="text for --task text (default: the documentation inside Python)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -925,7 +941,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="steps between training states (default: 100)")
     parser.add_argument("--sweep", action="store_true",
                         help=f"instead, train with each learning rate of {', '.join(f'{x:g}' for x in SWEEP)}")
-    parser.add_argument("--ablate", action="store_true", help="instead, copying with one part changed at a time")
+    parser.add_argument("--ablate", action="store_true",
+                        help="instead, copying with one part of Resona changed at a time")
     parser.add_argument("--compare-search", type=Path, metavar="FILE",
                         help="instead, two-level against exact search on the keys of this copying checkpoint")
     args = parser.parse_args(argv)
@@ -949,7 +966,7 @@ def whole_numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be whole numbers between commas, got {text!r}") from None
 
 
 def main(argv: list[str]) -> None:
