@@ -8,12 +8,15 @@ they run on it. Without Triton these tests are skipped.
 """
 
 import argparse
+import ast
+import hashlib
 import itertools
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1318,3 +1321,264 @@ def test_the_command_itself_shows_no_traceback():
     done = subprocess.run([sys.executable, str(script), "--steps", "none"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert subprocess.run([sys.executable, str(script), "--help"], capture_output=True).returncode == 0
+
+
+# ------------------------------------------------------------------------------------- tutorial.ipynb
+# To run the notebook and store its outputs (and the right line numbers in its exercises):
+#     STORE_NOTEBOOK=1 python -m pytest -k notebook_runs
+HERE = Path(__file__).resolve().parent
+NOTEBOOK = HERE / "tutorial.ipynb"
+SOURCES = ("resona.py", "train_toy.py", "kernels.py")  # what the notebook imports; its fingerprint is of these
+POINTER = re.compile(r"`(\w+\.py):(\d+)` `([^`]+)`")  # `file.py:123` `what that line holds`
+
+
+def notebook_cells(kind=None):
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if kind in (None, cell["cell_type"])]
+
+
+def text_of(cell):
+    return "".join(cell["source"])
+
+
+def fingerprint():
+    source = "".join((HERE / name).read_text(encoding="utf-8") for name in SOURCES)
+    return hashlib.sha256(source.encode()).hexdigest()[:8]
+
+
+def outputs_of(cell):
+    """[(kind, text or set of formats)]; prints that follow each other count as one."""
+    kinds = []
+    for output in cell["outputs"]:
+        kind = (output["output_type"], output.get("name") or tuple(sorted(output.get("data", {}))))
+        if not kinds or kinds[-1] != kind or kind[0] != "stream":
+            kinds.append(kind)
+    return kinds
+
+
+def holder(file, symbol):
+    """The number of the line of a file that holds a symbol: the first that does."""
+    lines = (HERE / file).read_text(encoding="utf-8").splitlines()
+    return next((number for number, line in enumerate(lines, 1) if symbol in line), None)
+
+
+def test_notebook_outputs_are_of_this_code_and_in_order():
+    cells = notebook_cells("code")
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+    assert not [output for cell in cells for output in cell["outputs"] if output.get("name") == "stderr"]
+    stored = re.search(r"fingerprint (\w{8})", json.dumps(cells[0]["outputs"])).group(1)
+    assert stored == fingerprint(), \
+        "the stored outputs are of other code; STORE_NOTEBOOK=1 python -m pytest -k notebook_runs"
+
+
+def test_notebook_is_built_as_promised():
+    cells, raw = notebook_cells(), NOTEBOOK.read_text(encoding="utf-8")
+    assert 25 <= len(cells) <= 31 and len(raw) < 400_000
+    assert cells[0]["cell_type"] == cells[-1]["cell_type"] == "markdown"
+    for before, cell in zip(cells, cells[1:]):
+        assert "code" not in (before["cell_type"], cell["cell_type"]) or before["cell_type"] != cell["cell_type"]
+    for cell in notebook_cells("code"):
+        assert len(text_of(cell).splitlines()) <= 15 and set(cell["metadata"]) == set()
+    plots = sum("image/png" in output.get("data", {}) for cell in notebook_cells("code") for output in cell["outputs"])
+    assert 4 <= plots <= 6
+    assert not re.search(r"/(root|home|Users|tmp|work)/|[A-Z]:\\\\", raw)  # absolute paths
+    assert set(json.loads(raw)["metadata"]) == {"kernelspec", "language_info"}
+
+
+def test_notebook_redefines_nothing_that_it_imports():
+    ours = {node.name for name in SOURCES for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8")))
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef))} - {"__init__", "forward"}
+    for cell in notebook_cells("code"):
+        for node in ast.walk(ast.parse(text_of(cell))):
+            assert not (isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name in ours), node.name
+
+
+def test_notebook_points_to_the_right_lines():
+    pointers = [found for cell in notebook_cells("markdown") for found in POINTER.findall(text_of(cell))]
+    assert len(pointers) >= 5
+    wrong = [f"{file}:{number} {symbol!r} is now line {holder(file, symbol)}"
+             for file, number, symbol in pointers if holder(file, symbol) != int(number)]
+    assert not wrong, "; ".join(wrong)
+
+
+def test_notebook_runs(tmp_path):
+    """From top to bottom in a fresh kernel, in a folder that holds the three sources and nothing else."""
+    for name in ("matplotlib", "ipykernel"):
+        pytest.importorskip(name)
+    nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
+    for name in SOURCES:
+        shutil.copy(HERE / name, tmp_path)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    stored = [outputs_of(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False,
+                            resources={"metadata": {"path": str(tmp_path)}}).execute()  # raises CellExecutionError
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert f"fingerprint {fingerprint()}" in cells[0].outputs[0].text
+    assert {path.name for path in tmp_path.iterdir()} <= {*SOURCES, "__pycache__"}  # it writes no files
+    if os.environ.get("STORE_NOTEBOOK"):
+        store(notebook, nbformat)
+    else:
+        assert [outputs_of(cell) for cell in cells] == stored  # the same outputs, if not the same times in them
+
+
+def store(notebook, nbformat):
+    """Without what changes from run to run for no reason; with the right line numbers."""
+    for cell in notebook.cells:
+        cell.source = POINTER.sub(lambda at: f"`{at[1]}:{holder(at[1], at[3]) or at[2]}` `{at[3]}`", cell.source)
+        cell.metadata.clear()
+        outputs = []
+        for output in cell.get("outputs", []):
+            last = outputs[-1] if outputs else {}
+            if output.output_type == "stream" and last.get("name") == output.name:
+                last["text"] += output.text
+            else:
+                outputs.append(output)
+        if cell.cell_type == "code":
+            cell.outputs = outputs
+    notebook.metadata = nbformat.from_dict({
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"}})
+    nbformat.write(notebook, NOTEBOOK)
+
+
+# ------------------------------------------------------------ worked answers to the notebook's exercises
+def obeys_the_state_law(model, length=23):
+    tokens = torch.randint(0, model.config.vocab_size, (2, length))
+    with torch.no_grad():
+        whole, state, steps = model(tokens)[0], None, []
+        for t in range(length):
+            logits, state = model(tokens[:, t:t + 1], state)
+            steps.append(logits)
+    return torch.allclose(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-9)
+
+
+def retrievals(model):
+    return [layer.retrieval for layer in model.layers if layer.retrieval is not None]
+
+
+def weighted_average(x, decay):
+    a = torch.full_like(x, decay)
+    return resona.scan(a, x) / resona.scan(a, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
+def test_exercise_1_an_average_is_a_scan(decay):
+    x = torch.randn(2, 17, 3, dtype=DOUBLE)
+    for t in range(17):
+        weight = torch.tensor([decay ** (t - s) for s in range(t + 1)], dtype=DOUBLE)[:, None]
+        want = (weight * x[:, :t + 1]).sum(1) / weight.sum()
+        torch.testing.assert_close(weighted_average(x, decay)[:, t], want)
+    if decay in (0, 1):
+        running = x.cumsum(1) / torch.arange(1, 18)[:, None] if decay else x
+        torch.testing.assert_close(weighted_average(x, decay), running)
+
+
+class MeanKey(ChunkEncoder):
+    def forward(self, u):
+        M = (u.shape[1] - 1) // self.chunk_size
+        inside = u[:, :M * self.chunk_size].unflatten(1, (M, self.chunk_size))
+        return F.normalize(self.each(inside).mean(2), dim=-1)
+
+
+def test_exercise_2_a_key_that_ignores_order():
+    mean, theirs = MeanKey(6, 4, 5).double(), ChunkEncoder(6, 4, 5).double()
+    u = torch.randn(2, 3 * 4 + 1, 6, dtype=DOUBLE)
+    shuffled = u.clone()
+    shuffled[:, 4:8] = u[:, [6, 4, 7, 5]]  # the features that make the key of chunk 1
+    assert mean(u).shape == theirs(u).shape == (2, 3, 5)
+    torch.testing.assert_close(mean(u).norm(dim=-1), torch.ones(2, 3, dtype=DOUBLE))
+    torch.testing.assert_close(mean(shuffled), mean(u))
+    assert not torch.allclose(theirs(shuffled)[:, 1], theirs(u)[:, 1])
+    model = small_model()
+    for branch in retrievals(model):
+        branch.search_key = MeanKey(16, 4, 8).double()
+    assert obeys_the_state_law(model)
+
+
+class KeysOnTime(Retrieval):
+    def encode(self, u, z):
+        c, _, v = super().encode(u, z)
+        U = self.config.chunk_size
+        return c, self.heads(self.key(u[:, 1:])).unflatten(1, (z.shape[1] // U, U)), v
+
+
+def test_exercise_3_keys_on_time():
+    model = small_model()
+    z, u = torch.randn(2, 14, 16, dtype=DOUBLE), torch.randn(2, 14, 16, dtype=DOUBLE)
+    for branch in retrievals(model):
+        late = branch.remember(z, u, None)
+        branch.__class__ = KeysOnTime
+        memory = branch.remember(z, u, None)
+        torch.testing.assert_close(memory.k.flatten(1, 2), branch.heads(branch.key(u[:, :12])))
+        assert not torch.allclose(memory.k, late.k)
+        torch.testing.assert_close((memory.c, memory.v), (late.c, late.v))
+    assert obeys_the_state_law(model)
+
+
+class OnlyWhatYouNeed(Retrieval):
+    share = 0.0
+
+    def search(self, *args, **kwargs):
+        score, index = super().search(*args, **kwargs)
+        close = score.softmax(-1) < self.share  # false where nothing was found: the softmax of -inf alone is nan
+        close[..., 0] = False
+        return score.masked_fill(close, -math.inf), index.masked_fill(close, -1)
+
+
+def test_exercise_4_open_only_what_you_need(monkeypatch):
+    model, tokens = small_model(), torch.randint(0, 11, (2, 40))
+    with torch.no_grad():
+        before, one = model(tokens)[0], model(tokens, top_k=1)[0]
+    opened = []
+    for branch in retrievals(model):
+        branch.__class__ = OnlyWhatYouNeed
+    for share in (0.0, 0.2, 0.4, 1.0):
+        monkeypatch.setattr(OnlyWhatYouNeed, "share", share)
+        with torch.no_grad():
+            logits = model(tokens)[0]
+        assert logits.isfinite().all()
+        if share in (0, 1):
+            torch.testing.assert_close(logits, one if share else before)
+        opened.append(sum((seen["index"] >= 0).sum().item() for seen in model.inspect(tokens)))
+        assert obeys_the_state_law(model)
+    assert opened[0] > opened[1] > opened[2] >= opened[3] == 2 * 2 * 36  # the first four tokens have no chunk
+
+
+class MatrixState(nn.Module):
+    def __init__(self, d_model, d_state=8):
+        super().__init__()
+        self.maps = nn.Linear(d_model, 2 * d_state + 1)
+        self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(2))
+        self.d_state = d_state
+
+    def inputs(self, u):
+        k, q, a = self.maps(u).split([self.d_state, self.d_state, 1], dim=-1)
+        return torch.sigmoid(a + 2), k, q, self.value(u)
+
+    def forward(self, u, state=None):
+        a, k, q, v = self.inputs(u)
+        b = v.unsqueeze(-1) * k.unsqueeze(2)  # (B, L, D, N)
+        S = resona.scan(a.unsqueeze(-1).expand_as(b).flatten(2), b.flatten(2), state)  # (B, L, D·N)
+        y = (S.unflatten(2, (-1, self.d_state)) * q.unsqueeze(2)).sum(-1)
+        return self.output(y), S[:, -1].clone()
+
+
+def test_exercise_5_a_state_that_is_a_matrix():
+    rule, u = MatrixState(6).double(), torch.randn(2, 15, 6, dtype=DOUBLE)
+    a, k, q, v = rule.inputs(u)
+    S, y = torch.zeros(2, 6, 8, dtype=DOUBLE), rule(u)[0]
+    for t in range(15):
+        S = a[:, t, :, None] * S + torch.einsum("bd,bn->bdn", v[:, t], k[:, t])
+        torch.testing.assert_close(y[:, t], rule.output(torch.einsum("bdn,bn->bd", S, q[:, t])))
+    later = u.clone()
+    later[:, 9:] += 1
+    assert torch.equal(rule(later)[0][:, :9], y[:, :9]) and not torch.allclose(rule(later)[0][:, 9:], y[:, 9:])
+    assert obeys_the_state_law(small_model(MatrixState))
+    assert obeys_the_state_law(small_model(MatrixState, retrieval=False))
+    model = Resona(ResonaConfig(30, d_model=16, n_layer=1, d_ff=16, backbone=MatrixState, retrieval=False))
+    optimizer, rng = torch.optim.AdamW(model.parameters()), np.random.default_rng(0)
+    batch = train_toy.tensors(train_toy.one_a_row(rng, train_toy.copy_string, 6, 16), "cpu")
+    losses = [train_toy.train_step(model, optimizer, 1e-2, *batch)[0].item() for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]  # it learns, here one batch by heart
