@@ -412,7 +412,7 @@ def search(
 
 
 def _top_chunks(score: Tensor, top_k: int, chunk_size: int, offset: int) -> Tensor:
-    """score: (B, L, M), which is overwritten -> index: (B, L, top_k) of the best that a query may see."""
+    """score: (B, L, M), which is overwritten -> index: (B, L, top_k), the best that each query may see."""
     (_, L, M), device = score.shape, score.device
     ended = torch.arange(offset, offset + L, device=device) // chunk_size  # chunks that each query may see
     visible = torch.arange(M, device=device) < ended.unsqueeze(1)  # (L, M)
@@ -420,17 +420,25 @@ def _top_chunks(score: Tensor, top_k: int, chunk_size: int, offset: int) -> Tens
 
 
 def _best(score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """score: (..., M), which is overwritten -> the top_k best, and where they are: (..., top_k), -inf and -1
-    where there is none. Takes the best and strikes it out, top_k times: torch.max returns the first of equal
-    values, where torch.topk returns any."""
-    shape = (*score.shape[:-1], top_k)
-    value, index = score.new_full(shape, -math.inf), torch.full(shape, -1, device=score.device)
-    for slot in range(min(top_k, score.shape[-1])):
-        best, at = score.max(dim=-1, keepdim=True)
-        value[..., slot:slot + 1] = best
-        index[..., slot:slot + 1] = at.masked_fill(best == -math.inf, -1)
-        score.scatter_(-1, at, -math.inf)
-    return value, index
+    """score: (..., M) -> the top_k best, and where they are: (..., top_k), -inf and -1 where there is none.
+
+    torch.topk is fast, but takes any of equal values. So the winners are put in order, and where the last of
+    them has an equal outside, the row is done again: torch.max, which finds the first of equals, top_k times.
+    """
+    few = min(top_k, score.shape[-1])
+    index = score.topk(few).indices.sort(dim=-1).values
+    value, order = score.gather(-1, index).sort(dim=-1, descending=True, stable=True)
+    index = index.gather(-1, order)
+    if few:
+        last = value[..., -1:]
+        tied = ((score >= last).sum(-1) > few) & (last.squeeze(-1) > -math.inf)
+        rest = score[tied]
+        for slot in range(few if len(rest) else 0):
+            best, at = rest.max(dim=-1, keepdim=True)
+            index[..., slot][tied] = at.squeeze(-1)
+            rest.scatter_(-1, at, -math.inf)
+    index = index.masked_fill(value == -math.inf, -1)
+    return F.pad(value, (0, top_k - few), value=-math.inf), F.pad(index, (0, top_k - few), value=-1)
 
 
 def _dot(q: Tensor, c: Tensor) -> Tensor:
