@@ -875,12 +875,13 @@ def refuse(call, *words):
 
 
 def test_bad_config_is_refused():
-    for field in "vocab_size d_model n_layer n_head chunk_size top_k d_search d_conv d_ff".split():
+    for field in "vocab_size d_model n_layer n_head chunk_size top_k d_search n_group top_group d_conv d_ff".split():
         for value in (0, -1, 2.0, True, None):
             refuse(lambda: ResonaConfig(**{"vocab_size": 5, field: value}), field, repr(value))
     refuse(lambda: ResonaConfig(5, d_model=30, n_head=4), "d_model=30", "n_head=4")
     refuse(lambda: ResonaConfig(5, d_model=6, n_head=2, backbone="attention"), "even", "6 / 2 = 3")
     refuse(lambda: ResonaConfig(5, backbone="lstm"), "'lstm'", *BACKBONES)
+    refuse(lambda: ResonaConfig(5, search="fast"), "search", "'fast'", "two_level")
     refuse(lambda: ResonaConfig(5, backbone=[]), "[]", *BACKBONES)
     for retrieval in ([2], [-1], ["a"], [True], [0.0], "yes", 3):
         refuse(lambda: ResonaConfig(5, n_layer=2, retrieval=retrieval), "retrieval", repr(retrieval))

@@ -191,7 +191,7 @@ def mqar_task() -> Task:
 
     return Task(vocab, "pairs", [16, 4, 8, 32, 63], (1, vocab // 2 - 1), batch,
                 lambda rng, pairs: {str(pairs): mqar_rows(rng, 64, max(64, 8 * pairs), pairs, vocab)},
-                rates(1e-2, 3e-3, 1e-2), 800)
+                rates(1e-2, 3e-3, 1e-2), 800, {"chunk_size": 2}, test_top_k=16)
 
 
 # ------------------------------------------------------- task 3: recall, noisy, fuzzy, selective, memorize
@@ -315,8 +315,9 @@ def needle_task() -> Task:
         return needle_rows(rng, 4096 // length, length, needles=8, questions=32)
 
     return Task(64, "tokens", [512, 1024, 4096, 16384], (4, 2**24), batch,
-                lambda rng, length: {str(length): needle_rows(rng, 20, length)}, rates(1e-2, 3e-3, 3e-3), 400,
-                {"chunk_size": 2, "top_k": 8, "search": "two_level", "top_group": 4}, scores=("token",))
+                lambda rng, length: {str(length): needle_rows(rng, 20, length)}, rates(1e-2, 3e-3, 3e-3), 800,
+                {"chunk_size": 2, "top_k": 8, "search": "two_level", "top_group": 4},
+                scores=("token", "seconds", "GiB"))
 
 
 def phonebook_row(rng: Rng, entries: int, queries: int) -> Rows:
@@ -419,7 +420,7 @@ TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
     "mqar": lambda args: mqar_task(),
     "recall": lambda args: recall_task(16, 8, (1,), rates(1e-2, 3e-3, 1e-2), 600),
     "noisy": lambda args: recall_task(32, 8, (1,), rates(1e-2, 3e-3, 1e-2), 600, noise=0.2),
-    "fuzzy": lambda args: recall_task(16, 7, (1, 2, 3), rates(1e-2, 3e-3, 3e-3), 800),
+    "fuzzy": lambda args: recall_task(16, 7, (1, 2, 3), rates(1e-2, 1e-2, 1e-2), 800),
     "selective": lambda args: selective_task(),
     "memorize": lambda args: memorize_task(),
     "needle": lambda args: needle_task(),
@@ -676,9 +677,10 @@ def table(
 
 
 def spread(values: list[float]) -> str:
+    digits = 1 if values and max(values) >= 10 else 3
     if len(values) < 2:
-        return f"{values[0]:.3f}" if values else "-"
-    return f"{statistics.mean(values):.3f} ±{statistics.stdev(values):.3f}"
+        return f"{values[0]:.{digits}f}" if values else "-"
+    return f"{statistics.mean(values):.{digits}f} ±{statistics.stdev(values):.{digits}f}"
 
 
 def do(run: Run, models: tuple[str, ...]) -> tuple[dict[str, Scores], dict[str, int], dict[str, float]]:
