@@ -8,6 +8,7 @@
     python train_toy.py --ablate                           # copying with one thing changed at a time
     python train_toy.py --task needle --model resona --lengths 1024,131072,1048576     # a long context
     python train_toy.py --task text --data my_book.txt     # your text instead of Python's documentation
+    python train_toy.py --compare-search out/resona.pt     # two-level against exact search on a trained model
     python train_toy.py --steps 2000 --out out/long --resume    # go on after Ctrl-C or a crash
 
 Writes to --out: results.json, <model>.pt (read it with resona.Resona.load), <model>.train.pt (for --resume).
@@ -62,7 +63,7 @@ class Task(NamedTuple):
     limits: tuple[int, int]                 # that a length must keep to
     batch: Callable[[Rng], Rows]            # rows to train on
     test: Callable[[Rng, int], dict[str, Rows]]     # rows to test on, at one length
-    lr: dict[str, float]                    # peak learning rates: the best of a sweep, see README
+    lr: dict[str, float]                    # peak learning rates, by model; README says which were swept
     steps: int
     config: dict[str, Any] = {}             # what differs from ResonaConfig's defaults
     test_top_k: int | None = None           # Resona may open more chunks than it was trained to
@@ -854,32 +855,33 @@ def compare_search(args: argparse.Namespace) -> None:
     """How much of the exact search's result the two-level search finds, and how fast, on the keys and queries
     of a trained copying model while it copies a string."""
     try:
-        model, K, L = Resona.load(args.compare_search, args.device), 4, 512
+        model, K, asked = Resona.load(args.compare_search, args.device), 4, {}
     except (OSError, ValueError) as error:
         raise UserError(f"--compare-search: {error}") from error
     config, (G, P) = model.config, (model.config.n_group, model.config.top_group)
     if config.vocab_size != 30 or not config.retrieval_layers:
         raise UserError(f"--compare-search needs a Resona trained on copying, got {args.compare_search}")
     config.search = "two_level"  # to read the string in; the exact search takes minutes
-    print(f"{K} chunks for each of {L} queries; {G} groups, of which a query looks into {P}")
+    for i in config.retrieval_layers:
+        model.layers[i].retrieval.search_query.register_forward_hook(
+            lambda module, args, output, i=i: asked.update({i: output}))
+    print(f"{K} chunks for each of 2048 queries; {G} groups, of which a query looks into {P}")
     print("  chunks  layer  found of the exact   scored  exact ms  two-level ms")
     for M in COMPARED:
         tokens = M * config.chunk_size
         string = copy_string(np.random.default_rng([args.seed, M]), tokens * 2 // 3)[0]
-        asked, state = {}, None
-        for i in config.retrieval_layers:
-            model.layers[i].retrieval.search_query.register_forward_hook(
-                lambda module, args, output, i=i: asked.update({i: output[:, -L:]}))
+        state = None
         for piece in torch.from_numpy(string[None, :tokens]).to(args.device).split(PIECE, dim=1):
             _, state = model(piece, state)
         for i in config.retrieval_layers:
             memory, gamma = state.layers[i][2], model.layers[i].retrieval.log_sharpness.exp()
-            sizes = (gamma * F.normalize(asked[i], dim=-1), memory.c, K, config.chunk_size, tokens - L)
+            q = gamma * F.normalize(asked[i][:, -2048:], dim=-1)
+            sizes = (q, memory.c, K, config.chunk_size, tokens - q.shape[1])
             exact, exact_ms = timed(lambda: resona.search_parallel(*sizes)[1])
             found, found_ms = timed(lambda: resona.search_two_level_parallel(*sizes, G, P, memory.groups)[1])
             scored = 1.0
             if memory.groups.heads.shape[1]:
-                kept = (sizes[0] @ memory.groups.heads.mT).topk(P).indices[0]  # (L, P)
+                kept = (q @ memory.groups.heads.mT).topk(P).indices[0]  # (L, P)
                 scored = (G + memory.groups.member[0].bincount(minlength=G)[kept].sum(1).float().mean()) / M
             recall = (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean()
             print(f"{M:>8}{i:>7}{recall:>20.3f}{scored:>9.3f}{exact_ms:>10.0f}{found_ms:>14.0f}")
