@@ -380,10 +380,15 @@ def search_naive(
         for t in range(L):
             visible = min(M, (offset + t) // chunk_size)
             dots = _dot(q[i, t], c[i, :visible])
-            ranked = sorted((-s, m) for m, s in enumerate(dots.tolist()) if s > -math.inf)
-            for slot, (_, m) in enumerate(ranked[:top_k]):
+            for slot, m in enumerate(_ranked(dots, range(visible))[:top_k]):
                 score[i, t, slot], index[i, t, slot] = dots[m], m
     return score, index
+
+
+def _ranked(dots: Tensor, candidates: Sequence[int]) -> list[int]:
+    """The candidates, best first, of equal ones the lower first; without those of score NaN or -inf."""
+    score = dots.tolist()
+    return sorted((m for m in candidates if score[m] > -math.inf), key=lambda m: (-score[m], m))
 
 
 def search_parallel(
@@ -541,13 +546,9 @@ def search_two_level_naive(
             dots = _dot(q[i, t], c[i, :visible])
             shown = range(visible)
             if visible >= SAMPLE * n_group:
-                heads = _dot(q[i, t].detach().float(), groups.heads[i]).tolist()
-                best = sorted((-s, group) for group, s in enumerate(heads) if s > -math.inf)[:top_group]
-                kept = {group for _, group in best}
-                shown = [m for m in shown if int(groups.member[i, m]) in kept]
-            found = dots.tolist()
-            ranked = sorted((-found[m], m) for m in shown if found[m] > -math.inf)
-            for slot, (_, m) in enumerate(ranked[:top_k]):
+                best = _ranked(_dot(q[i, t].float(), groups.heads[i]), range(n_group))[:top_group]
+                shown = [m for m in shown if groups.member[i, m] in best]
+            for slot, m in enumerate(_ranked(dots, shown)[:top_k]):
                 score[i, t, slot], index[i, t, slot] = dots[m], m
     return score, index
 

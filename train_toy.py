@@ -931,7 +931,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="the recurrence, with and without retrieval (default: gated)")
     parser.add_argument("--steps", type=positive, help="of each model's training (default: the task's own)")
     parser.add_argument("--lr", type=number(float, 0, "a number above 0"),
-                        help="peak learning rate (default: the best of a sweep, for each task and model)")
+                        help="peak learning rate (default: the task's own, for each model)")
     parser.add_argument("--seed", type=seed, default=0, help="of weights and data (default: 0)")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N",
                         help="run with N seeds from --seed on; mean and deviation (default: 1)")
