@@ -192,7 +192,7 @@ def mqar_task() -> Task:
 
     return Task(vocab, "pairs", [16, 4, 8, 32, 63], (1, vocab // 2 - 1), batch,
                 lambda rng, pairs: {str(pairs): mqar_rows(rng, 64, max(64, 8 * pairs), pairs, vocab)},
-                rates(1e-2, 3e-3, 1e-2), 800, {"chunk_size": 2}, test_top_k=16)
+                rates(1e-2, 3e-3, 3e-3), 800, {"chunk_size": 2}, test_top_k=16)
 
 
 # ------------------------------------------------------- task 3: recall, noisy, fuzzy, selective, memorize
