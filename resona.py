@@ -129,7 +129,11 @@ class ResonaConfig:
 
 def _check_positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    return " ".join(repr(value).split())[:80]
 
 
 # ------------------------------------------------------------------------------------ 1. the scans
@@ -158,7 +162,7 @@ def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
     Two steps of the recurrence compose into one, h -> (a₂a₁)·h + (a₂b₁ + b₂), so a block of steps is
     summed up by two numbers per channel: the product of its a, and where it ends if it starts at zero.
-    That product of √L factors must not overflow: any |a| <= 1 is safe.
+    Where that product of √L factors overflows, as it may with |a| > 1, the steps are done one by one instead.
     """
     _check_scan(a, b, h0)
     wide = torch.promote_types(b.dtype, torch.float32)
@@ -224,6 +228,10 @@ def _scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = 
         for a_t, b_t in zip(a_steps, b_steps):
             torch.addcmul(b_t, a_t, b_block, out=b_block)
             a_block.mul_(a_t)
+        # Infinity times zero is not what the steps would give. (In a compiled graph there is no branch on data.)
+        if not torch.compiler.is_compiling() and not (a_block.isfinite() & b_block.isfinite()).all():
+            loop(h0, *(x.unbind(1)[::order] for x in (a, b, out)))
+            return
         start, h = torch.empty_like(b_block), h0
         for a_m, b_m, start_m in zip(*(x.unbind(1)[::order] for x in (a_block, b_block, start))):
             start_m.copy_(h)
@@ -233,15 +241,18 @@ def _scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = 
 
 
 def _check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
+    _check_same_kind("a, b and h0", a, b, *([] if h0 is None else [h0]))
     if a.ndim != 3 or a.shape != b.shape or a.shape[1] < 1:
         raise ValueError("a and b must share one shape (B, L, D) with L >= 1, "
                          f"got {tuple(a.shape)} and {tuple(b.shape)}")
     if h0 is not None and h0.shape != b[:, 0].shape:
         raise ValueError(f"h0 must have shape (B, D) = {tuple(b[:, 0].shape)}, got {tuple(h0.shape)}")
-    _check_same_kind("a, b and h0", a, b, *([] if h0 is None else [h0]))
 
 
 def _check_same_kind(names: str, *tensors: Tensor) -> None:
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{names} must be tensors, got a {type(x).__name__}")
     kinds = list(dict.fromkeys(f"{x.dtype} on {x.device}" for x in tensors))
     if len(kinds) > 1 or not tensors[0].is_floating_point():
         raise ValueError(f"{names} must share one floating dtype and one device, got {' and '.join(kinds)}")
@@ -430,15 +441,15 @@ def _best(score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     torch.topk is fast, but takes any of equal values. So the winners are put in order, and where the last of
     them has an equal outside, the row is done again: torch.max, which finds the first of equals, top_k times.
     """
-    few = min(top_k, score.shape[-1])
-    index = score.topk(few).indices.sort(dim=-1).values
+    few, M = min(top_k, score.shape[-1]), score.shape[-1]
+    value, index = score.topk(min(few + 1, M))  # one more, to see whether the last winner has an equal outside
+    tied = (value[..., -2] == value[..., -1]) & (value[..., -1] > -math.inf) if 0 < few < M else None
+    index = index[..., :few].sort(dim=-1).values
     value, order = score.gather(-1, index).sort(dim=-1, descending=True, stable=True)
     index = index.gather(-1, order)
-    if few:
-        last = value[..., -1:]
-        tied = ((score >= last).sum(-1) > few) & (last.squeeze(-1) > -math.inf)
+    if tied is not None and tied.any():
         rest = score[tied]
-        for slot in range(few if len(rest) else 0):
+        for slot in range(few):
             best, at = rest.max(dim=-1, keepdim=True)
             index[..., slot][tied] = at.squeeze(-1)
             rest.scatter_(-1, at, -math.inf)
@@ -465,11 +476,13 @@ def _dots(q: Tensor, c: Tensor) -> Tensor:
 
 
 def _take_chunks(x: Tensor, index: Tensor) -> Tensor:
-    """x: (B, M, ...), index: (B, L, K) -> (B, L, K, ...), the chosen chunks. An empty slot takes chunk 0."""
+    """x: (B, M, ...), index: (B, L, K) -> (B, L, K, ...), the chosen chunks. An empty slot takes the query's best
+    again, or chunk 0 where there is none: its weight will be 0, but 0 · NaN of a chunk not chosen would show."""
     (B, M), shape = x.shape[:2], x.shape[2:]
     if M == 0:
         return x.new_zeros(*index.shape, *shape)
-    rows = index.clamp(min=0) + M * torch.arange(B, device=index.device)[:, None, None]
+    index = torch.where(index < 0, index[..., :1], index).clamp(min=0)
+    rows = index + M * torch.arange(B, device=index.device)[:, None, None]
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, *shape)
 
 
@@ -477,12 +490,12 @@ def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
     """Raise on bad arguments -> q, c in float32 at least."""
     _check_positive("top_k", top_k)
     _check_positive("chunk_size", chunk_size)
+    _check_same_kind("q and c", q, c)
     if q.ndim != 3 or c.ndim != 3 or q.shape[0] != c.shape[0] or q.shape[2] != c.shape[2] or q.shape[1] < 1:
         raise ValueError("q and c must have shapes (B, L, S) with L >= 1 and (B, M, S), "
                          f"got {tuple(q.shape)} and {tuple(c.shape)}")
-    _check_same_kind("q and c", q, c)
     if not isinstance(offset, int) or offset < 0:
-        raise ValueError(f"offset must be an integer of at least 0, got {offset!r}")
+        raise ValueError(f"offset must be an integer of at least 0, got {_short(offset)}")
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.to(wide).contiguous(), c.to(wide).contiguous()  # the layout decides the order of a sum
 
@@ -529,6 +542,13 @@ def _nearest(c: Tensor, heads: Tensor) -> Tensor:
     return _dots(c, heads).max(dim=-1).indices
 
 
+def _check_groups(c: Tensor, n_group: int, top_group: int, groups: Groups | None) -> Groups:
+    """Raise on bad arguments -> the groups of c."""
+    _check_positive("n_group", n_group)
+    _check_positive("top_group", top_group)
+    return group_chunks(c.detach(), n_group) if groups is None else groups
+
+
 def search_two_level_naive(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0,
     n_group: int = 512, top_group: int = 40, groups: Groups | None = None,
@@ -536,7 +556,7 @@ def search_two_level_naive(
     """search_naive, but a query that sees SAMPLE·n_group chunks or more is only shown those in the top_group
     groups whose heads score highest. groups: group_chunks(c, n_group), if at hand."""
     q, c = _check_search(q, c, top_k, chunk_size, offset)
-    groups = group_chunks(c.detach(), n_group) if groups is None else groups
+    groups = _check_groups(c, n_group, top_group, groups)
     (B, L, _), M = q.shape, c.shape[1]
     score = q.new_full((B, L, top_k), -math.inf)
     index = torch.full((B, L, top_k), -1, device=q.device)
@@ -560,18 +580,16 @@ def search_two_level_parallel(
     """The same as search_two_level_naive, group by group: all queries that look into a group meet all of its
     chunks in one matrix product."""
     q, c = _check_search(q, c, top_k, chunk_size, offset)
+    heads, member = _check_groups(c, n_group, top_group, groups)
     L, sample = q.shape[1], SAMPLE * n_group
     early = min(L, max(0, sample * chunk_size - offset))  # queries that see fewer chunks than that
     if early == L or c.shape[1] < sample:
         return search_parallel(q, c, top_k, chunk_size, offset)
     with torch.no_grad():
-        heads, member = group_chunks(c, n_group) if groups is None else groups
         index = [search_parallel(q[:, :early], c[:, :sample], top_k, chunk_size, offset)[1]] if early else []
-        block = max(1, 2**22 // int(F.one_hot(member, n_group).sum(1).max().clamp(min=n_group)))
-        for t in range(early, L, block):
-            index.append(torch.stack([
-                _look_into_groups(q[i, t:t + block], c[i], heads[i], member[i], top_k, chunk_size, offset + t,
-                                  top_group) for i in range(len(q))]))
+        index.append(torch.stack([
+            _look_into_groups(q[i, early:], c[i], heads[i], member[i], top_k, chunk_size, offset + early, top_group)
+            for i in range(len(q))]))
         index = torch.cat(index, dim=1)
     score = _dot(q.unsqueeze(2), _take_chunks(c, index))  # (B, L, K)
     return score.masked_fill(index < 0, -math.inf), index
@@ -586,13 +604,17 @@ def _look_into_groups(q: Tensor, c: Tensor, heads: Tensor, member: Tensor, top_k
     value = q.new_full((L * kept.shape[1], top_k), -math.inf)  # the best of each pair of a query and a group
     index = torch.full(value.shape, -1, device=q.device)
     pairs = kept.flatten().argsort(stable=True).split((kept.flatten() + 1).bincount(minlength=G + 1).tolist())
-    chunks = member.argsort(stable=True).split(member.bincount(minlength=G).tolist())
-    for pair, chunk in zip(pairs[1:], chunks):  # the first pairs are of no group: -1
-        if len(pair) and len(chunk):
+    order, sizes = member.argsort(stable=True), member.bincount(minlength=G).tolist()
+    finite = bool(q.isfinite().all() and c.isfinite().all())  # then no score is NaN
+    for pair, chunk, keys in zip(pairs[1:], order.split(sizes), c[order].split(sizes)):  # pairs[0]: of no group, -1
+        for pair in pair.split(max(1, 2**22 // len(chunk))) if len(chunk) else ():
             t = pair // kept.shape[1]
-            hidden = (chunk + 1) * chunk_size > (offset + t).unsqueeze(1)
-            score = _dots(q[None, t], c[None, chunk])[0]
-            value[pair], at = _best(score.masked_fill_(hidden | score.isnan(), -math.inf), top_k)
+            score = _dots(q[None, t], keys[None])[0]
+            if (chunk[-1] + 1) * chunk_size > offset:
+                score.masked_fill_((chunk + 1) * chunk_size > (offset + t).unsqueeze(1), -math.inf)
+            if not finite:
+                score.masked_fill_(score.isnan(), -math.inf)
+            value[pair], at = _best(score, top_k)
             index[pair] = chunk[at].masked_fill(at < 0, -1)
     index, order = index.view(L, -1).sort(dim=-1)  # by chunk: of equal scores the lower one is met first
     at = _best(value.view(L, -1).gather(1, order), top_k)[1]
@@ -619,6 +641,7 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
     q: (B, L, H, E), k, v: (B, M, U, H, E) by chunk, score, index: (B, L, K) from a search
     -> r: (B, L, H, E), exactly zero where no chunk was found.
     """
+    _check_attend(q, k, v, score, index)
     B, L, H, E = q.shape
     r = torch.zeros_like(q)
     for i in range(B):
@@ -635,17 +658,30 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """The same as attend_naive for all positions at once, on gathered chunks: memory grows with L·K·U."""
-    B, L, H, E = q.shape
+    _check_attend(q, k, v, score, index)
     few = max(1, min(index.shape[2], k.shape[1]))  # slots beyond the M-th are always empty
     score, index = score[..., :few], index[..., :few]
     found = index >= 0  # (B, L, K)
     some = found.any(-1, keepdim=True)  # (B, L, 1)
     log_p = score.masked_fill(~some, 0).log_softmax(-1).to(q.dtype)  # (B, L, K), -inf in empty slots
     k, v = _take_chunks(k, index), _take_chunks(v, index)  # (B, L, K, U, H, E)
-    logit = (q[:, :, None, None] * k).sum(-1) / math.sqrt(E) + log_p[..., None, None]  # (B, L, K, U, H)
+    logit = (q[:, :, None, None] * k).sum(-1) / math.sqrt(q.shape[-1]) + log_p[..., None, None]  # (B, L, K, U, H)
     w = logit.flatten(2, 3).softmax(2)  # (B, L, K·U, H)
     r = (w.unsqueeze(-1) * v.flatten(2, 3)).sum(2)  # (B, L, H, E)
     return r.masked_fill(~some.unsqueeze(-1), 0)
+
+
+def _check_attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> None:
+    _check_same_kind("q, k and v", q, k, v)
+    _check_same_kind("score", score)
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise ValueError(f"index must be an int64 tensor, got {_short(getattr(index, 'dtype', index))}")
+    if q.ndim != 4 or k.ndim != 5 or k.shape != v.shape or (len(k), *k.shape[3:]) != (len(q), *q.shape[2:]):
+        raise ValueError("q must have shape (B, L, H, E), k and v one shape (B, M, U, H, E), "
+                         f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
+    if score.ndim != 3 or score.shape != index.shape or score.shape[:2] != q.shape[:2]:
+        raise ValueError(f"score and index must have one shape (B, L, K) with B, L = {tuple(q.shape[:2])}, "
+                         f"got {tuple(score.shape)} and {tuple(index.shape)}")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
@@ -713,6 +749,9 @@ class Retrieval(nn.Module):
 
     def forward(self, z: Tensor, u: Tensor, y: Tensor, state: Memory | None = None,
                 top_k: int | None = None, trace: list | None = None) -> tuple[Tensor, Memory]:
+        if z.ndim != 3 or not z.shape == u.shape == y.shape:
+            raise ValueError("z, u and y must share one shape (B, L, D), "
+                             f"got {tuple(z.shape)}, {tuple(u.shape)} and {tuple(y.shape)}")
         memory = self.remember(z, u, state)  # with chunks that the first queries may not see: search hides them
         read = memory.c.shape[1] * self.config.chunk_size + memory.z.shape[1]  # tokens so far, these included
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D)
@@ -818,6 +857,8 @@ class Resona(nn.Module):
 
     def __init__(self, config: ResonaConfig):
         super().__init__()
+        if not isinstance(config, ResonaConfig):
+            raise TypeError(f"config must be a ResonaConfig, got a {type(config).__name__}")
         self.config = config = copy.copy(config)  # of which only top_k and search may change from here on
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         retrieval = config.retrieval_layers

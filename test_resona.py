@@ -43,6 +43,7 @@ from resona import (BACKBONES, ChunkEncoder, Resona, ResonaConfig, Retrieval, at
 from train_toy import MODELS, TASKS
 
 DOUBLE = torch.float64
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(autouse=True)
@@ -1229,7 +1230,7 @@ def test_seeds_and_sweep_keep_every_run_apart(tmp_path, capsys):
     assert train_toy.cli([*flags, str(tmp_path / "b"), "--sweep"]) == 0
     out = capsys.readouterr().out
     for rate in train_toy.SWEEP:
-        report = json.loads((tmp_path / "b" / "memorize" / f"lr-{rate:g}" / "results.json").read_text())
+        report = json.loads((tmp_path / "b" / "memorize" / f"lr-{rate:g}" / "resona" / "results.json").read_text())
         assert report["lr"] == {"resona": rate} and f"{rate:g}" in out
 
 
@@ -1324,10 +1325,386 @@ def test_the_command_itself_shows_no_traceback():
     assert subprocess.run([sys.executable, str(script), "--help"], capture_output=True).returncode == 0
 
 
+# --------------------------------------------------------------------------------------- reliability
+SCRIPT = Path(train_toy.__file__)
+TINY = ["--task", "copy", "--lengths", "8", "--seed", "3"]
+
+
+def toy(flags, out, **options):
+    """train_toy.py in a process of its own, on one thread, whose number changes the last bits of sums."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(SCRIPT), *TINY, *flags, "--out", str(out)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def what_it_came_to(out, model):
+    """Everything a run leaves but its times."""
+    state = torch.load(out / f"{model}.train.pt", weights_only=True)
+    report = json.loads((out / "results.json").read_text())
+    scores = {test: {name: value for name, value in one.items() if name not in ("seconds", "peak_gib")}
+              for test, one in report["results"][model].items()}
+    return {"losses": state["losses"], "done": state["done"], "rng": state["rng"], "scores": scores,
+            "weights": state["weights"], "optimizer": state["optimizer"]["state"],
+            "checkpoint": Resona.load(out / f"{model}.pt").state_dict()}
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_killed_and_resumed_at_random_it_ends_bit_for_bit_the_same(tmp_path):
+    """KILLS=50 python -m pytest -s -k killed for more of them. The first life measures how long one takes."""
+    kills, rng = int(os.environ.get("KILLS", 5)), np.random.default_rng()
+    flags = ["--model", "resona", "--steps", str(6 * kills), "--save-every", "2"]
+    start = time.perf_counter()
+    whole = toy(flags, tmp_path / "whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    life, log = time.perf_counter() - start, []
+    for _ in range(kills):
+        run = toy([*flags, "--resume"], tmp_path / "parts")
+        state = tmp_path / "parts" / "resona.train.pt"
+        waiting, before = time.perf_counter(), state.stat().st_mtime_ns if state.exists() else 0
+        while (state.stat().st_mtime_ns if state.exists() else 0) == before and run.poll() is None:
+            assert time.perf_counter() - waiting < 10 * life + 60  # until it has written something new
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))  # in a step, in a write, between them, or at the end
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        run.send_signal(number)
+        log.append((int(number), run.wait()))
+        error = run.stderr.read()
+        assert "Traceback" not in error and run.returncode in (0, 130, -9), error
+        run.stdout.close(), run.stderr.close()
+    last = toy([*flags, "--resume"], tmp_path / "parts")
+    assert last.wait() == 0, last.stderr.read()
+    print(f"\n{kills} kills: {sum(code == -9 for _, code in log)} at once, {sum(code == 130 for _, code in log)} "
+          f"after saving, {sum(code == 0 for _, code in log)} came too late")
+    assert sum(code != 0 for _, code in log) >= kills // 2
+    assert same(*(what_it_came_to(tmp_path / part, "resona") for part in ("whole", "parts")))
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"resona.pt", "resona.train.pt", "results.json"}
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
+    torch.set_num_threads(1)
+    flags = ["--steps", "3", "--lengths", "8", "--model", "resona", "--out"]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        torch.rand(7), np.random.rand(7)  # what happened before does not matter
+        assert train_toy.cli([*flags, str(tmp_path / name), "--seed", seed]) == 0
+    a, b, c = (what_it_came_to(tmp_path / name, "resona") for name in "abc")
+    assert same(a, b) and a["losses"] != c["losses"] and not same(a["weights"], c["weights"])
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_two_processes_train_as_one_does(tmp_path, seed):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("PyTorch without gloo")
+    flags = ["--model", "resona", "--steps", "6", "--save-every", "2"]
+
+    def torchrun(*more):
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), *TINY,
+             "--device", "cpu", *flags, *more, "--out", str(tmp_path / "two")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    one = toy([*flags, "--device", "cpu"], tmp_path / "one")
+    two = torchrun()
+    assert one.wait() == 0 and two.returncode == 0, two.stderr
+    assert two.stdout.count("written to") == 1  # one of them speaks
+    a, b = (what_it_came_to(tmp_path / part, "resona") for part in ("one", "two"))
+    np.testing.assert_allclose(a["losses"], b["losses"], rtol=1e-4)
+    assert all(torch.allclose(a["weights"][name], b["weights"][name], atol=1e-3) for name in a["weights"])
+    for name in ("resona.pt", "results.json"):
+        (tmp_path / "two" / name).unlink()
+    assert torchrun("--resume").returncode == 0  # goes on from the last step: only tests are left
+    assert same(b, what_it_came_to(tmp_path / "two", "resona"))
+    other = toy([*flags, "--device", "cpu", "--resume"], tmp_path / "two")
+    assert other.wait() == 2 and "processes 2, now it is 1" in other.stderr.read()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path, capsys, monkeypatch):
+    forward, calls = Resona.forward, []
+
+    def bad(self, *args, **kwargs):
+        logits, state = forward(self, *args, **kwargs)
+        calls.append(1)
+        return (logits * math.nan if len(calls) == 6 else logits), state
+    monkeypatch.setattr(Resona, "forward", bad)
+    flags = ["--model", "resona", "--steps", "8", "--save-every", "2", "--lengths", "8", "--out", str(tmp_path)]
+    assert train_toy.cli(flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "resona diverged at step 6: loss nan" in error and "resona.train.pt has step 4" in error
+    state = torch.load(tmp_path / "resona.train.pt", weights_only=True)
+    assert state["done"] == 4 and all(x.isfinite().all() for x in state["weights"].values())
+    assert train_toy.cli([*flags, "--resume"]) == 0  # this time it does not happen
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    class Steep(nn.Embedding):
+        def forward(self, tokens):
+            return super().forward(tokens), None
+    model = Steep(3, 3)
+    before = model.weight.detach().clone()
+    model.weight.register_hook(lambda gradient: gradient * math.inf)
+    tokens = torch.tensor([[0, 1, 2]])
+    with pytest.raises(train_toy.Diverged, match="gradient"):
+        train_toy.train_step(model, torch.optim.SGD(model.parameters()), 1.0, tokens, tokens)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_full_disk_is_reported_once_and_training_goes_on(tmp_path, capsys, monkeypatch):
+    tries, write_whole = [], train_toy.write_whole
+
+    def full(path, write):
+        tries.append(path.name)
+        if len(tries) <= full_for:
+            raise OSError(28, "No space left on device")
+        write_whole(path, write)
+    flags = ["--model", "recurrence", "--steps", "6", "--save-every", "2", "--lengths", "8", "--out"]
+    full_for = 0
+    assert train_toy.cli([*flags, str(tmp_path / "a")]) == 0
+    monkeypatch.setattr(train_toy, "write_whole", full)
+    full_for = 3
+    assert train_toy.cli([*flags, str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().err.count("No space left on device; going on") == 1
+    assert same(*(what_it_came_to(tmp_path / name, "recurrence") for name in "ab"))
+    full_for = 10**9
+    assert train_toy.cli([*flags, str(tmp_path / "c")]) == 2  # never: then the numbers are on the screen alone
+    printed = capsys.readouterr()
+    assert "could not be written: " in printed.err and "recurrence" in printed.out
+
+
+def test_a_lost_output_folder_is_made_again(tmp_path, quick, batches, capsys):
+    seen, use = batches
+    use(lambda seen: shutil.rmtree(tmp_path / "out") if len(seen) == 3 else None)
+    flags = ["--model", "recurrence", "--steps", "6", "--save-every", "2", "--out", str(tmp_path / "out")]
+    assert train_toy.cli([*flags, "--lengths", "8"]) == 0
+    assert "was gone" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "recurrence.pt", "recurrence.train.pt", "results.json"}
+
+
+def test_a_file_in_the_way_or_a_closed_pipe_shows_no_traceback(tmp_path, capsys):
+    (tmp_path / "recurrence.pt").mkdir()
+    flags = ["--model", "recurrence", "--steps", "1", "--lengths", "8", "--out", str(tmp_path)]
+    assert train_toy.cli(flags) == 2
+    assert "recurrence.pt cannot be written now" in (error := capsys.readouterr().err) and "Traceback" not in error
+    run = toy(["--model", "recurrence", "--steps", "1"], tmp_path / "b")
+    run.stdout.close()
+    error = run.stderr.read()
+    assert run.wait() in (0, 141) and "Traceback" not in error and "BrokenPipe" not in error
+
+
+def test_resume_runs_no_code_in_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"flags": Malicious()}, "recurrence.train.pt")
+    assert train_toy.cli(["--model", "recurrence", "--steps", "1", "--out", ".", "--resume"]) == 2
+    assert "not a whole training state" in capsys.readouterr().err and not Path("run_by_pickle").exists()
+
+
+def test_resume_refuses_a_changed_program(tmp_path, monkeypatch, capsys):
+    flags = ["--model", "recurrence", "--steps", "1", "--lengths", "8", "--out", str(tmp_path)]
+    assert train_toy.cli(flags) == 0
+    monkeypatch.setattr(train_toy, "fingerprint", lambda path: f"{path} (changed)")
+    assert train_toy.cli([*flags, "--resume"]) == 2
+    assert re.search(r"was trained with .*, now it is .*\(changed\)", capsys.readouterr().err)
+
+
+# Fuzz: random sizes, dtypes, values and nonsense at the public functions. FUZZ=100000 python -m pytest -s -k fuzz
+EXTREME = (math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40, -1e30, 1e30)
+NONSENSE = (None, "a", -1, 0, 1.5, True, math.nan, [], torch.zeros(0), torch.zeros(2, 2, 2, dtype=torch.int64),
+            torch.zeros(2, 2, 2, dtype=torch.complex64), np.zeros((2, 2, 2)), torch.zeros(1, 2, 3, 4))
+
+
+class Fuzz:
+    """One random case: everything follows from the number of the case."""
+
+    def __init__(self, number):
+        self.rng = np.random.default_rng([77, number])
+
+    def size(self, high, low=1):
+        return int(self.rng.integers(low, high + 1))
+
+    def values(self, *shape, dtype=torch.float32, extreme=True):
+        x = torch.from_numpy(self.rng.standard_normal(shape))
+        if self.rng.random() < 0.3:
+            x = x.round()  # equal scores
+        if extreme and self.rng.random() < 0.3 and x.numel():
+            for _ in range(self.size(3)):
+                x.view(-1)[self.size(x.numel()) - 1] = self.rng.choice(EXTREME)
+        return x.to(dtype)
+
+    def dtype(self):
+        return (torch.float32, torch.float64, torch.bfloat16, torch.float16)[self.size(4) - 1]
+
+    def scan(self):
+        B, L, D, dtype = self.size(2), self.size(40), self.size(3), self.dtype()
+        a, b = (self.values(B, L, D, dtype=dtype) for _ in range(2))
+        h0 = self.values(B, D, dtype=dtype) if self.rng.random() < 0.5 else None
+
+        def check(expected, h):
+            # Rounding may add up to this much of the sizes that went in.
+            bound = scan_naive(a.double().abs(), b.double().abs(), None if h0 is None else h0.double().abs())
+            near = (h.double() - expected.double()).abs() <= 4 * L * torch.finfo(dtype).eps * bound + 1e-30
+            like = (h == expected) | (h.isnan() & expected.isnan()) | near
+            huge = bound > torch.finfo(dtype).max / 4  # inf or not is a question of rounding there
+            assert (like | huge).all() and not (h.isnan() & expected.isfinite()).any()
+        return (scan_naive, scan_parallel), {"a": a, "b": b, "h0": h0}, check
+
+    def search(self, two_level=False):
+        dtype, U = self.dtype(), self.size(4)
+        (B, L, M, S), K = (self.size(2), self.size(12), self.size(12, 0), self.size(4)), self.size(6)
+        given = {"q": self.values(B, L, S, dtype=dtype), "c": self.values(B, M, S, dtype=dtype), "top_k": K,
+                 "chunk_size": U, "offset": self.size(U * M + 3, 0)}
+        if two_level:
+            given.update(n_group=self.size(3), top_group=self.size(4))
+
+        def check(expected, found):
+            score, index = expected
+            size = torch.einsum("bls,bms->blm", *(given[x].double().abs().nan_to_num() for x in "qc")).amax((1, 2)) \
+                if M else torch.zeros(B)
+            near = (found[0] - score).abs() <= 1e-5 * size[:, None, None]
+            assert ((found[0] == score) | near).all() and not found[0].isnan().any()
+            assert ((found[1] == index) | near).all() and ((found[1] < 0) == (index < 0)).all()
+            exact = score.isfinite().all() and (given["q"] == given["q"].round()).all()
+            exact = exact and (given["c"] == given["c"].round()).all() and size.max() < 1000
+            assert not exact or torch.equal(found[1], index)  # whole numbers: ties to the letter
+        functions = (search_two_level_naive, search_two_level_parallel) if two_level else (search_naive, search_parallel)
+        return functions, given, check
+
+    def two_level(self):
+        return self.search(two_level=True)
+
+    def attend(self):
+        B, L, M, U, H, E, K = (self.size(n) for n in (2, 6, 5, 3, 2, 3, 6))
+        dtype = (torch.float32, torch.float64)[self.size(2) - 1]
+        score, index = search_naive(self.values(B, L, 3, extreme=False), self.values(B, M, 3, extreme=False), K, U)
+        given = {"q": self.values(B, L, H, E, dtype=dtype), "k": self.values(B, M, U, H, E, dtype=dtype),
+                 "v": self.values(B, M, U, H, E, dtype=dtype), "score": score, "index": index}
+
+        def check(expected, r):
+            size = given["v"].nan_to_num(posinf=1e38, neginf=1e38).abs().max().item() + 1
+            big = max(given[x].nan_to_num(posinf=1e38, neginf=1e38).abs().max().item() for x in "qk") > 1e3
+            near = (r - expected).abs() <= 1e-4 * size
+            assert ((near | ~expected.isfinite()).all() or big) and not (r.isnan() & expected.isfinite()).any()
+        return (attend_naive, attend_parallel), given, check
+
+    def model(self):
+        backbone = ("gated", "ssm", "attention")[self.size(3) - 1]
+        search = ("exact", "two_level")[self.size(2) - 1]
+        model = small_model(
+            backbone, self.size(9), n_layer=self.size(2), retrieval=True, chunk_size=self.size(5), d_model=8,
+            top_k=self.size(5), d_conv=self.size(4), search=search, n_group=self.size(2), top_group=self.size(2))
+        L = self.size(40, 2)
+        tokens = torch.from_numpy(self.rng.integers(0, model.config.vocab_size, (self.size(2), L)))
+        at = self.size(L - 1)
+
+        def whole(tokens, top_k):
+            return model(tokens, top_k=top_k)[0]
+
+        def parts(tokens, top_k):
+            first, state = model(tokens[:, :at], top_k=top_k)
+            return torch.cat([first, model(tokens[:, at:], state, top_k)[0]], dim=1)
+
+        def check(expected, logits):
+            assert logits.isfinite().all() and torch.allclose(logits, expected, rtol=0, atol=1e-9)
+        return (whole, parts), {"tokens": tokens, "top_k": self.size(9)}, check
+
+
+@torch.no_grad()
+def fuzz_case(number):
+    """Both versions agree, or both refuse with one clear line -> what was tried."""
+    case = Fuzz(number)
+    kind = str(case.rng.choice(["scan", "search", "two_level", "attend", "model"], p=[0.3, 0.3, 0.2, 0.15, 0.05]))
+    torch.manual_seed(number)
+    functions, given, check = getattr(case, kind)()
+    if nonsense := case.rng.random() < 0.2 and kind != "model":
+        given[case.rng.choice(list(given))] = NONSENSE[case.size(len(NONSENSE)) - 1]
+    results = []
+    for function in functions:
+        try:
+            results.append(function(**given))
+        except (ValueError, TypeError) as error:
+            assert nonsense and str(error) and "\n" not in str(error), error
+            results.append(type(error))
+    if type in map(type, results):
+        assert results[0] == results[1], (kind, results)
+        return f"{kind}, refused"
+    if not nonsense:
+        check(*results)
+    return kind
+
+
+def test_fuzz(monkeypatch):
+    monkeypatch.setattr(resona, "SAMPLE", 2)  # so that small contexts have groups
+    cases, first = int(os.environ.get("FUZZ", 1000)), int(os.environ.get("FUZZ_FROM", 0))
+    tried = {}
+    for number in range(first, first + cases):
+        try:
+            kind = fuzz_case(number)
+        except Exception as error:
+            raise AssertionError(f"case {number}: {type(error).__name__}: {error}") from error
+        tried[kind] = tried.get(kind, 0) + 1
+    print(f"\n{cases} cases from number {first}: {dict(sorted(tried.items()))}")
+    assert len(tried) == 9
+
+
+# Memory, in processes of their own: python -m pytest -s -k memory_table; MEMORY=65536 for longer contexts.
+MEMORY = """
+import sys, resource, torch, resona
+mode, L = sys.argv[1], int(sys.argv[2])
+unit = 2**20 if sys.platform == "darwin" else 2**10
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+torch.manual_seed(0), torch.set_num_threads(1)
+model = resona.Resona(resona.ResonaConfig(30))
+def run(L, state=None, pieces=4096):
+    tokens = torch.randint(0, 30, (1, L))
+    if mode == "training":
+        return model(tokens)[0].logsumexp(-1).sum().backward()
+    with torch.no_grad():
+        for piece in tokens.split(L if mode == "inference" else pieces, dim=1):
+            _, state = model(piece, state)
+    return state
+run(64)
+before, state = peak(), run(L)
+kept = [] if state is None else [x for layer in state.layers for x in layer[2] if isinstance(x, torch.Tensor)]
+print(peak() - before, sum(x.numel() * x.element_size() for x in kept) / 2**20)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no resource module")
+def test_memory_table():
+    def measure(mode, L):  # MiB at the peak, more than before; MiB of chunk memory at the end
+        done = subprocess.run([sys.executable, "-c", MEMORY, mode, str(L)], capture_output=True, text=True,
+                              cwd=HERE, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
+        assert done.returncode == 0, done.stderr
+        return list(map(float, done.stdout.split()))
+    longest = int(os.environ.get("MEMORY", 8192))
+    lengths = [L for L in (1024, 4096, 8192, 16384, 65536) if L <= longest]
+    print(f"\n{'tokens':>8}{'training, MiB':>16}{'inference, MiB':>16}")
+    used = {}
+    for L in lengths:
+        used[L] = [measure(mode, L)[0] for mode in ("training", "inference")]
+        print(f"{L:>8}{used[L][0]:>16.0f}{used[L][1]:>16.0f}")
+    for few, many in zip(lengths, lengths[1:]):
+        for a, b in zip(used[few], used[many]):
+            assert b < 1.3 * a * many / few + 32  # the blocks of the search take 32 MiB in any length
+    print(f"{'tokens':>8}{'by pieces, MiB':>16}{'chunk memory':>16}{'the rest':>16}")
+    rest = {}
+    for L in (16384, 2 * longest) if longest > 8192 else (8192, 16384):
+        peak, memory = measure("pieces", L)
+        rest[L] = peak - memory
+        print(f"{L:>8}{peak:>16.0f}{memory:>16.0f}{rest[L]:>16.0f}")
+    few, many = rest
+    # The rest may not grow but for the copy of one of its tensors that a piece appends to: a part of the memory.
+    assert rest[many] < 1.3 * rest[few] + 0.6 * memory
+
+
 # ------------------------------------------------------------------------------------- tutorial.ipynb
 # To run the notebook and store its outputs (and the right line numbers in its exercises):
 #     STORE_NOTEBOOK=1 python -m pytest -k notebook_runs
-HERE = Path(__file__).resolve().parent
 NOTEBOOK = HERE / "tutorial.ipynb"
 SOURCES = ("resona.py", "train_toy.py", "kernels.py")  # what the notebook imports; its fingerprint is of these
 POINTER = re.compile(r"`(\w+\.py):(\d+)` `([^`]+)`")  # `file.py:123` `what that line holds`
@@ -1581,5 +1958,5 @@ def test_exercise_5_a_state_that_is_a_matrix():
     model = Resona(ResonaConfig(30, d_model=16, n_layer=1, d_ff=16, backbone=MatrixState, retrieval=False))
     optimizer, rng = torch.optim.AdamW(model.parameters()), np.random.default_rng(0)
     batch = train_toy.tensors(train_toy.one_a_row(rng, train_toy.copy_string, 6, 16), "cpu")
-    losses = [train_toy.train_step(model, optimizer, 1e-2, *batch)[0].item() for _ in range(30)]
+    losses = [train_toy.train_step(model, optimizer, 1e-2, *batch)[0] for _ in range(30)]
     assert losses[-1] < 0.7 * losses[0]  # it learns, here one batch by heart

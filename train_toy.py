@@ -10,13 +10,16 @@
     python train_toy.py --task text --data my_book.txt     # your text instead of Python's documentation
     python train_toy.py --compare-search out/resona.pt     # two-level against exact search on a trained model
     python train_toy.py --steps 2000 --out out/long --resume    # go on after Ctrl-C or a crash
+    torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes, or GPUs
 
 Writes to --out: results.json, <model>.pt (read it with resona.Resona.load), <model>.train.pt (for --resume).
+The same flags on the same machine give the same numbers: on a CPU, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -27,6 +30,8 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -34,7 +39,8 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import resona
@@ -48,6 +54,8 @@ SWEEP = (1e-3, 3e-3, 1e-2)   # learning rates of --sweep
 MODELS = ("recurrence", "resona", "transformer")
 PIECE = 8192        # tokens that evaluation feeds at a time; the state carries the rest
 IGNORE = -100       # the target where nothing is scored
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # this process, of how many; torchrun sets them
 
 Rng = np.random.Generator
 Sizes = "tuple[int, ...]"
@@ -298,25 +306,25 @@ def memorize_task() -> Task:
 def needle_rows(rng: Rng, rows: int, length: int, needles: int = 1, questions: int = 1) -> Rows:
     """Keys, each with its value, somewhere in noise, and at the end some of the keys again. Tests have one.
 
-        inputs   n n n k v n n n n n k      noise 32..63, keys 0..15, values 16..31
-        targets  - - - - - - - - - - v
+        inputs   n n n k v n n n n n k      noise 32..63, keys 0..15, values 16..31; noise between
+        targets  - - - - - - - - - - v      the questions, too, if there are several
     """
     inputs, targets = rng.integers(32, 64, (rows, length)), np.full((rows, length), IGNORE)
     for x, y in zip(inputs, targets):
-        at = 2 * rng.choice((length - questions - 1) // 2, needles, replace=False) + rng.integers(2)
+        at = 2 * rng.choice((length - 2 * questions) // 2, needles, replace=False) + rng.integers(2)
         x[at], x[at + 1] = rng.choice(16, needles, replace=False), rng.integers(16, 32, needles)
         asked = at[rng.integers(0, needles, questions)]
-        x[-questions:], y[-questions:] = x[asked], x[asked + 1]
+        x[::-2][:questions], y[::-2][:questions] = x[asked], x[asked + 1]
     return inputs, targets
 
 
 def needle_task() -> Task:
-    """Trained on 64 to 512 tokens with eight needles and 32 questions. The two-level search is the exact one
+    """Trained on 64 to 512 tokens with eight needles and 16 questions. The two-level search is the exact one
     up to SAMPLE * n_group chunks, and so in training. Chunks are small: one key among eight tokens of noise is
     much harder to learn than one of two."""
     def batch(rng):
         length = int(2 ** rng.uniform(6, 9))
-        return needle_rows(rng, 4096 // length, length, needles=8, questions=32)
+        return needle_rows(rng, 4096 // length, length, needles=8, questions=16)
 
     return Task(64, "tokens", [512, 1024, 4096, 16384], (4, 2**24), batch,
                 lambda rng, length: {str(length): needle_rows(rng, 20, length)}, rates(1e-2, 3e-3, 3e-3), 800,
@@ -424,7 +432,7 @@ TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
     "mqar": lambda args: mqar_task(),
     "recall": lambda args: recall_task(16, 8, (1,), rates(1e-2, 3e-3, 1e-2), 600),
     "noisy": lambda args: recall_task(32, 8, (1,), rates(1e-2, 3e-3, 1e-2), 600, noise=0.2),
-    "fuzzy": lambda args: recall_task(16, 7, (1, 2, 3), rates(1e-2, 1e-2, 1e-2), 800),
+    "fuzzy": lambda args: recall_task(16, 7, (1, 2, 3), rates(3e-3, 3e-3, 1e-2), 800),
     "selective": lambda args: selective_task(),
     "memorize": lambda args: memorize_task(),
     "needle": lambda args: needle_task(),
@@ -481,37 +489,55 @@ class Run(NamedTuple):
     args: argparse.Namespace
 
 
-def train(name: str, model: Resona, run: Run) -> float:
-    """Train on the same batches as every other model of this seed -> seconds, those before --resume too."""
+def train(name: str, model: Resona, run: Run) -> tuple[float, list[float]]:
+    """Train on the same batches as every other model of this seed -> seconds and the loss of every step, those
+    before --resume too. Several processes share every batch and do every step together."""
     task, args, path = run.task, run.args, run.out / f"{name}.train.pt"
     peak = task.lr[name]
     flags = {"task": run.task_name, "model": name, "backbone": args.backbone, "steps": task.steps, "lr": peak,
-             "seed": run.seed, "data": str(args.data), "config": str(model.config)}
+             "seed": run.seed, "data": fingerprint(args.data), "config": str(model.config), "processes": WORLD,
+             "device": torch.device(args.device).type, "torch": str(torch.__version__),
+             **{file: fingerprint(Path(__file__).with_name(file)) for file in ("resona.py", "train_toy.py")}}
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     rng = np.random.default_rng([run.seed, 0])
-    done, seconds = 0, 0.0
+    done, saved, seconds, losses = 0, 0, 0.0, []
     if args.resume and not path.exists():
         print(f"--resume: {path} does not exist, {name} starts at step 0")
     elif args.resume:
-        done, seconds = restore(path, flags, model, optimizer, rng)
+        done, seconds, losses = restore(path, flags, model, optimizer, rng)
+        saved = done
+    shared = DistributedDataParallel(model) if WORLD > 1 else model
     with StopSignal() as stop, progress(task.steps, name, "step", done) as bar:
         while done < task.steps:
             start = time.perf_counter()
             lr = peak * min((done + 1) / WARMUP, 1 - done / task.steps)
-            loss, accuracy = train_step(model, optimizer, lr, *tensors(task.batch(rng), args.device))
+            inputs, targets = tensors(task.batch(rng), args.device)
+            try:
+                loss, accuracy, stopped = train_step(shared, optimizer, lr, inputs, targets, stop.asked)
+            except Diverged as error:
+                kept = f"{path} has step {saved}" if saved else "nothing was saved yet"
+                raise Diverged(f"{name} diverged at step {done + 1}: {error}; {kept}; try a lower --lr") from None
             done += 1
+            losses.append(loss)
             if done % 10 == 0 or done == task.steps:
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}")
             bar.update()
             seconds += time.perf_counter() - start
-            if stop.asked or done % args.save_every == 0 or done == task.steps:
-                state = {"flags": flags, "done": done, "seconds": seconds, "weights": model.state_dict(),
-                         "optimizer": optimizer.state_dict(), "rng": rng.bit_generator.state}
-                write(path, lambda new: torch.save(state, new))
-            if stop.asked:
-                raise Interrupted
-    write(run.out / f"{name}.pt", model.save)
-    return seconds
+            if stopped or done % args.save_every == 0 or done == task.steps:
+                state = {"flags": flags, "done": done, "seconds": seconds, "losses": losses,
+                         "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
+                         "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state()}
+                save(path, partial(torch.save, state))
+                saved = saved if path in UNSAVED else done
+            if stopped:
+                raise Interrupted(path)
+    save(run.out / f"{name}.pt", model.save)
+    return seconds, losses
+
+
+def fingerprint(path: Path | None) -> str:
+    """Of a file's content, to notice that it has changed."""
+    return "none" if path is None else f"{path.name} ({hashlib.sha256(path.read_bytes()).hexdigest()[:8]})"
 
 
 def tensors(rows: Rows, device: str) -> tuple[Tensor, Tensor]:
@@ -520,22 +546,47 @@ def tensors(rows: Rows, device: str) -> tuple[Tensor, Tensor]:
 
 
 def train_step(
-    model: Resona, optimizer: torch.optim.Optimizer, lr: float, inputs: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One update at this learning rate -> loss and accuracy before it, over the scored tokens."""
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float, inputs: Tensor, targets: Tensor,
+    stop: bool = False,
+) -> tuple[float, float, bool]:
+    """One update at this learning rate -> loss and accuracy before it, over the scored tokens; has any process
+    been asked to stop? Raises Diverged, before the update, when the loss or a gradient is not finite.
+
+    Of several processes each takes its rows of the same batch. DistributedDataParallel averages their gradients,
+    so a process multiplies its share of the loss by their number.
+    """
+    if len(inputs) < WORLD:
+        raise UserError(f"{WORLD} processes cannot share a batch of {len(inputs)} rows; take at most that many")
     for group in optimizer.param_groups:
         group["lr"] = lr
+    scored = (targets != IGNORE).sum()  # in the whole batch
+    inputs, targets = inputs[RANK::WORLD], targets[RANK::WORLD]
     logits, _ = model(inputs)  # (rows, length, vocab_size)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum") / scored
     optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    (loss * WORLD).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    right = (logits.argmax(-1) == targets).sum() / scored
+    shares = torch.stack([loss.detach(), right, torch.full_like(loss, stop)])
+    if WORLD > 1:
+        distributed.all_reduce(shares)
+    loss, accuracy, stops = shares.tolist()
+    if not math.isfinite(loss + norm.item()):
+        raise Diverged(f"loss {loss:g}, length of its gradient {norm.item():g}")
     optimizer.step()
-    return loss.detach(), (logits.argmax(-1) == targets).sum() / (targets != IGNORE).sum()
+    return loss, accuracy, stops > 0
+
+
+class UserError(Exception):
+    """A mistake of the user's, or of the machine: one line on stderr and exit status 2."""
+
+
+class Diverged(UserError):
+    """The loss or its gradient is not finite."""
 
 
 class Interrupted(Exception):
-    """The user asked to stop; everything up to here is saved."""
+    """The user asked to stop; what was reached is in this file, unless it is in UNSAVED."""
 
 
 class StopSignal:
@@ -555,12 +606,12 @@ class StopSignal:
 
 
 def progress(total: int, name: str, unit: str, done: int = 0) -> tqdm:
-    return tqdm(total=total, initial=done, desc=f"{name:<11}", ncols=100, unit=unit)
+    return tqdm(total=total, initial=done, desc=f"{name:<11}", ncols=100, unit=unit, disable=RANK > 0)
 
 
 def restore(path: Path, flags: dict[str, Any], model: Resona, optimizer: torch.optim.Optimizer,
-            rng: np.random.Generator) -> tuple[int, float]:
-    """Put back what train wrote with the same flags -> steps done, seconds. Runs no code in the file."""
+            rng: np.random.Generator) -> tuple[int, float, list[float]]:
+    """Put back what train wrote with the same flags -> steps done, seconds, losses. Runs no code in the file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         differ = [flag for flag in flags if saved["flags"].get(flag) != flags[flag]]
@@ -568,20 +619,50 @@ def restore(path: Path, flags: dict[str, Any], model: Resona, optimizer: torch.o
             model.load_state_dict(saved["weights"])
             optimizer.load_state_dict(saved["optimizer"])
             rng.bit_generator.state = saved["rng"]
-            return int(saved["done"]), float(saved["seconds"])
+            torch.set_rng_state(saved["torch_rng"])
+            return int(saved["done"]), float(saved["seconds"]), list(saved["losses"])
     except Exception as error:
         raise UserError(f"--resume: {path} is not a whole training state ({type(error).__name__})") from error
     was, now = saved["flags"].get(differ[0]), flags[differ[0]]
     raise UserError(f"--resume: {path} was trained with {differ[0]} {was}, now it is {now}")
 
 
-def write(path: Path, save: Callable[[Path], Any]) -> None:
+UNSAVED: dict[Path, Callable[[Path], Any]] = {}  # files that could not be written yet, and what writes them
+
+
+def save(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file, and those that could not be written before. A full disk or a lost folder is reported once;
+    the work goes on, and the next call tries again. Of several processes only the first writes."""
+    if RANK:
+        return
+    told = bool(UNSAVED)
+    UNSAVED[path] = write
+    for path, write in list(UNSAVED.items()):
+        try:
+            write_whole(path, write)
+            del UNSAVED[path]
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+            if not told:
+                why = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
+                tqdm.write(f"{path} cannot be written now: {why}; going on, and trying again", file=sys.stderr)
+            told = True
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a new file beside path, flush it to the disk, then rename: path is always whole."""
     new = path.with_name(path.name + ".new")
-    save(new)
-    with open(new, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+        tqdm.write(f"{path.parent} was gone, with all that was in it; made again", file=sys.stderr)
+    try:
+        write(new)
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
 
 # -------------------------------------------------------------------------------------- evaluation
 Scores = "dict[str, dict[str, float]]"  # test -> score -> value
@@ -690,12 +771,15 @@ def spread(values: list[float]) -> str:
 def do(run: Run, models: tuple[str, ...]) -> tuple[dict[str, Scores], dict[str, int], dict[str, float]]:
     """Train, test and write results.json -> scores, parameters, seconds of training."""
     args = run.args
-    run.out.mkdir(parents=True, exist_ok=True)
-    trained, seconds = {}, {}
+    trained, seconds, losses = {}, {}, {}
+    with suppress(OSError):  # save will say why
+        run.out.mkdir(parents=True, exist_ok=True)
     for name in models:
         torch.manual_seed(run.seed)
         trained[name] = make_model(name, args.backbone, run.task).to(args.device)
-        seconds[name] = train(name, trained[name], run)
+        seconds[name], losses[name] = train(name, trained[name], run)
+    if RANK:  # the first process tests
+        return {}, {}, {}
     scores = test(trained, run)
     parameters = {name: count(model) for name, model in trained.items()}
     best = {name: scores.get(f"{name}@{run.task.test_top_k}", scores[name]) for name in models}
@@ -703,11 +787,12 @@ def do(run: Run, models: tuple[str, ...]) -> tuple[dict[str, Scores], dict[str, 
         "task": run.task_name, "seed": run.seed, "device": args.device, "torch": torch.__version__,
         "train_seconds": seconds, "parameters": parameters, "results": best,
         "steps": run.task.steps, "lr": {name: run.task.lr[name] for name in models}, "backbone": args.backbone,
+        "loss": {name: [round(loss, 4) for loss in losses[name][::10]] for name in models},  # of every tenth step
     }
     if "resona" in models and run.task.test_top_k:
         report["top_k"] = {"training": trained["resona"].config.top_k, "evaluation": run.task.test_top_k}
         report["resona_at_training_top_k"] = scores["resona"]
-    write(run.out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    save(run.out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
     return scores, parameters, seconds
 
 
@@ -725,13 +810,15 @@ def compare(args: argparse.Namespace, names: list[str], models: tuple[str, ...])
             one, parameters, seconds = do(run, models)
             for key, value in one.items():
                 scores.setdefault(key, []).append(value)
+        if RANK:
+            continue
         print("\n" + table(scores, task, parameters, seconds))
         summary.append((name, task, scores))
         if args.seeds > 1:
             write_means(out, name, list(seeds), scores, task, models)
         if name == "text" and "resona" in models:
             sample(run)
-    if len(names) > 1:
+    if len(names) > 1 and not RANK:
         print("\n" + overview(summary))
     print(f"\nwritten to {args.out}")
 
@@ -744,7 +831,7 @@ def write_means(
                          for test in ones[0]} for model, ones in best.items()}
           for what, of in (("results", statistics.mean), ("deviation", statistics.stdev))}
     report = {"task": name, "seeds": seeds, "torch": torch.__version__, **by}
-    write(out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    save(out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
 
 
 def overview(summary: list[tuple[str, Task, dict[str, list[Scores]]]]) -> str:
@@ -775,17 +862,23 @@ def sweep(args: argparse.Namespace, names: list[str], models: tuple[str, ...]) -
     for name in names:
         task = make_task(name, args)
         task = task._replace(lengths=task.lengths[:1], scores=tuple(x for x in task.scores if x != "generated"))
-        results = {}
-        for rate in SWEEP:
-            print(f"\n{name}: learning rate {rate:g}")
-            out = args.out / name / f"lr-{rate:g}"
-            run = Run(name, task._replace(lr=dict.fromkeys(MODELS, rate)), args.seed, out, args)
-            results[rate], _, _ = do(run, models)
+        results: dict[str, dict[float, Scores]] = {}
+        for rate, model in itertools.product(SWEEP, models):
+            print(f"\n{name}: {model}, learning rate {rate:g}")
+            out = args.out / name / f"lr-{rate:g}" / model
+            run = Run(name, task._replace(lr={model: rate}), args.seed, out, args)
+            try:
+                for key, scores in do(run, (model,))[0].items():
+                    results.setdefault(key, {})[rate] = scores
+            except Diverged as error:
+                print(error)
         score = "bits_per_token" if "bits" in task.scores else "token_accuracy"
         print(f"\n{name + ', ' + score.replace('_', ' '):<34}" + "".join(f"{rate:>10g}" for rate in SWEEP))
-        for model, test in itertools.product(results[rate], results[rate][models[0]]):
-            cells = (f"{results[rate][model][test][score]:>10.3f}" for rate in SWEEP)
-            print(f"{model + ', ' + test:<34}" + "".join(cells))
+        for model, by_rate in results.items():
+            for test in next(iter(by_rate.values())):
+                cells = (f"{by_rate[rate][test][score]:>10.3f}" if rate in by_rate else f"{'diverged':>10}"
+                         for rate in SWEEP)
+                print(f"{model + ', ' + test:<34}" + "".join(cells))
 
 
 # Ablations: copying with one thing about Resona changed at a time.
@@ -901,10 +994,6 @@ def timed(function: Callable) -> tuple[Any, float]:
 
 
 # ------------------------------------------------------------------------------------ command line
-class UserError(Exception):
-    """A mistake of the user's: one line on stderr and exit status 2."""
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(message)
@@ -977,14 +1066,38 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"must be whole numbers between commas, got {text!r}") from None
 
 
+def share(args: argparse.Namespace) -> None:
+    """Join the other processes that torchrun started, on a GPU of their own each, or on the CPU."""
+    if args.sweep or args.ablate or args.compare_search:
+        raise UserError(f"--sweep, --ablate and --compare-search run in one process, got {WORLD}")
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise UserError(f"{WORLD} processes need a GPU each, there are {torch.cuda.device_count()}; "
+                            "--device cpu needs none")
+        args.device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(LOCAL_RANK)
+    # The others wait while the first one tests, which may take longer than the usual limit.
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
 def main(argv: list[str]) -> None:
+    UNSAVED.clear()
     args = parse_args(argv)
+    if WORLD > 1:
+        share(args)
     names = list(TASKS) if args.task == "all" else [args.task]
     models = MODELS if args.model == "all" else (args.model,)
     for name in names:
         make_task(name, args)  # before any work: are the lengths and the text all right?
     cuda = args.device.startswith("cuda")
+    if cuda:  # on a CPU everything is deterministic as it is
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     hardware = torch.cuda.get_device_name(args.device) if cuda else f"{torch.get_num_threads()} threads"
+    hardware += f", {WORLD} processes" if WORLD > 1 else ""
     print(f"on {args.device} ({hardware}), torch {torch.__version__}, Python {sys.version.split()[0]}")
     if args.compare_search:
         compare_search(args)
@@ -994,6 +1107,8 @@ def main(argv: list[str]) -> None:
         sweep(args, names, models)
     else:
         compare(args, names, models)
+    if UNSAVED:
+        raise UserError(f"could not be written: {', '.join(map(str, UNSAVED))}")
 
 
 def cli(argv: list[str]) -> int:
@@ -1002,15 +1117,26 @@ def cli(argv: list[str]) -> int:
         main(argv)
         return 0
     except UserError as error:
-        print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)
+        if not RANK:
+            print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
-        saved = "stopped and saved" if isinstance(stopped, Interrupted) else "stopped"
+        path = stopped.args[0] if isinstance(stopped, Interrupted) else None
+        how = "stopped" if path is None else f"stopped, but {path} could not be written" if path in UNSAVED else \
+            "stopped and saved"
         again = [*argv, *([] if "--resume" in argv else ["--resume"])]
-        print(f"{saved}; to go on: python train_toy.py {shlex.join(again)}", file=sys.stderr)
+        start = "python" if WORLD == 1 else f"torchrun --standalone --nproc_per_node={WORLD}"
+        if not RANK:
+            print(f"{how}; to go on: {start} train_toy.py {shlex.join(again)}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has gone; Python's own flush at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, wherever it comes
     sys.exit(cli(sys.argv[1:]))
-
