@@ -610,8 +610,10 @@ def _look_into_groups(q: Tensor, c: Tensor, heads: Tensor, member: Tensor, top_k
         for pair in pair.split(max(1, 2**22 // len(chunk))) if len(chunk) else ():
             t = pair // kept.shape[1]
             score = _dots(q[None, t], keys[None])[0]
-            if (chunk[-1] + 1) * chunk_size > offset:
-                score.masked_fill_((chunk + 1) * chunk_size > (offset + t).unsqueeze(1), -math.inf)
+            late = int((chunk >= offset // chunk_size).sum())  # at the end, chunks that the first query may not see
+            if late:
+                hidden = (chunk[-late:] + 1) * chunk_size > (offset + t).unsqueeze(1)
+                score[:, -late:].masked_fill_(hidden, -math.inf)
             if not finite:
                 score.masked_fill_(score.isnan(), -math.inf)
             value[pair], at = _best(score, top_k)
