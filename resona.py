@@ -503,15 +503,20 @@ def _check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
 # 3b. Two-level search: similar chunks form G groups, each with a head, the direction of its mean key. A query
 #     scores the heads and then only the chunks in the groups of the best. The heads are found by k-means among
 #     the first SAMPLE·G chunks; until these have been read the search is exact. Later chunks join the group of
-#     the nearest head. Groups thus depend on the past alone and never change, so this search is as causal as
-#     the exact one, and as indifferent to how the context is cut. With all groups looked into it is exact, too.
+#     the nearest head, or, if they are less like it than one in ODD of the first chunks was, the group of the odd
+#     ones: what is unlike everything else is the last to be found through a head and the first to be asked for,
+#     so every query looks into that group. Groups thus depend on the past alone and never change, and this
+#     search is as causal as the exact one, and as indifferent to how the context is cut. With all groups looked
+#     into it is exact, too.
 
 SAMPLE = 16  # chunks for each head, from which the heads are found
+ODD = 1024
 
 
 class Groups(NamedTuple):
     heads: Tensor  # (B, G, S), float32; (B, 0, S) as long as there are fewer than SAMPLE·G chunks
-    member: Tensor  # (B, M) int64, the group of each chunk; (B, 0) as long
+    least: Tensor  # (B, 1), a chunk must be as similar as this to a head; (B, 0) as long
+    member: Tensor  # (B, M) int64, the group of each chunk, G for the odd ones; (B, 0) as long
 
 
 def group_chunks(c: Tensor, n_group: int, known: Groups | None = None) -> Groups:
@@ -519,27 +524,33 @@ def group_chunks(c: Tensor, n_group: int, known: Groups | None = None) -> Groups
     B, M, _ = c.shape
     c = c.float().nan_to_num()  # float64 is rounded, so that equal keys tie however they came to be equal
     if known is None or not known.heads.shape[1]:
-        if M < SAMPLE * n_group:
-            return Groups(c[:, :0], torch.empty(B, 0, dtype=torch.int64, device=c.device))
         nothing = torch.empty(B, 0, dtype=torch.int64, device=c.device)
-        known = Groups(_k_means(c[:, :SAMPLE * n_group], n_group), nothing)
-    block = max(1, 2**22 // max(1, B * n_group))
-    new = [_nearest(c[:, m:m + block], known.heads) for m in range(known.member.shape[1], M, block)]
-    return Groups(known.heads, torch.cat([known.member, *new], dim=1))
+        if M < SAMPLE * n_group:
+            return Groups(c[:, :0], c[:, :0, 0], nothing)
+        first = c[:, :SAMPLE * n_group]
+        heads = _k_means(first, n_group)
+        similar = _nearest(first, heads)[0].sort(dim=-1).values  # (B, SAMPLE·G)
+        known = Groups(heads, similar[:, first.shape[1] // ODD, None], nothing)
+    block, new = max(1, 2**22 // max(1, B * n_group)), [known.member]
+    for m in range(known.member.shape[1], M, block):
+        similar, member = _nearest(c[:, m:m + block], known.heads)
+        new.append(member.masked_fill(similar < known.least, n_group))
+    return known._replace(member=torch.cat(new, dim=1))
 
 
 def _k_means(c: Tensor, n_group: int) -> Tensor:
     """Eight rounds of spherical k-means, from every SAMPLE-th key: c: (B, SAMPLE·G, S) -> heads: (B, G, S)."""
     heads = c[:, ::SAMPLE]
     for _ in range(8):
-        member = F.one_hot(_nearest(c, heads), n_group).to(c.dtype)  # (B, SAMPLE·G, G)
+        member = F.one_hot(_nearest(c, heads)[1], n_group).to(c.dtype)  # (B, SAMPLE·G, G)
         heads = F.normalize(member.mT @ c, dim=-1)
     return heads
 
 
-def _nearest(c: Tensor, heads: Tensor) -> Tensor:
-    """c: (B, M, S), heads: (B, G, S) -> (B, M), the head of the largest dot product; of equal ones the first."""
-    return _dots(c, heads).max(dim=-1).indices
+def _nearest(c: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """c: (B, M, S), heads: (B, G, S) -> the largest dot product with a head, and the first head that has it:
+    (B, M)."""
+    return _dots(c, heads).max(dim=-1)
 
 
 def _check_groups(c: Tensor, n_group: int, top_group: int, groups: Groups | None) -> Groups:
@@ -553,8 +564,8 @@ def search_two_level_naive(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0,
     n_group: int = 512, top_group: int = 40, groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """search_naive, but a query that sees SAMPLE·n_group chunks or more is only shown those in the top_group
-    groups whose heads score highest. groups: group_chunks(c, n_group), if at hand."""
+    """search_naive, but a query that sees SAMPLE·n_group chunks or more is only shown the odd ones and those in
+    the top_group groups whose heads score highest. groups: group_chunks(c, n_group), if at hand."""
     q, c = _check_search(q, c, top_k, chunk_size, offset)
     groups = _check_groups(c, n_group, top_group, groups)
     (B, L, _), M = q.shape, c.shape[1]
@@ -567,7 +578,7 @@ def search_two_level_naive(
             shown = range(visible)
             if visible >= SAMPLE * n_group:
                 best = _ranked(_dot(q[i, t].float(), groups.heads[i]), range(n_group))[:top_group]
-                shown = [m for m in shown if groups.member[i, m] in best]
+                shown = [m for m in shown if groups.member[i, m] in [*best, n_group]]
             for slot, m in enumerate(_ranked(dots, shown)[:top_k]):
                 score[i, t, slot], index[i, t, slot] = dots[m], m
     return score, index
@@ -580,7 +591,7 @@ def search_two_level_parallel(
     """The same as search_two_level_naive, group by group: all queries that look into a group meet all of its
     chunks in one matrix product."""
     q, c = _check_search(q, c, top_k, chunk_size, offset)
-    heads, member = _check_groups(c, n_group, top_group, groups)
+    heads, _, member = _check_groups(c, n_group, top_group, groups)
     L, sample = q.shape[1], SAMPLE * n_group
     early = min(L, max(0, sample * chunk_size - offset))  # queries that see fewer chunks than that
     if early == L or c.shape[1] < sample:
@@ -600,11 +611,12 @@ def _look_into_groups(q: Tensor, c: Tensor, heads: Tensor, member: Tensor, top_k
     """q: (L, S), c: (M, S), heads: (G, S), member: (M,) -> index: (L, top_k)."""
     L, G = len(q), len(heads)
     score = _dots(q[None].float(), heads[None])[0]
-    kept = _best(score.masked_fill_(score.isnan(), -math.inf), min(top_group, G))[1]  # (L, P)
+    kept = _best(score.masked_fill_(score.isnan(), -math.inf), min(top_group, G))[1]
+    kept = F.pad(kept, (0, 1), value=G)  # (L, P), the odd ones last
     value = q.new_full((L * kept.shape[1], top_k), -math.inf)  # the best of each pair of a query and a group
     index = torch.full(value.shape, -1, device=q.device)
-    pairs = kept.flatten().argsort(stable=True).split((kept.flatten() + 1).bincount(minlength=G + 1).tolist())
-    order, sizes = member.argsort(stable=True), member.bincount(minlength=G).tolist()
+    pairs = kept.flatten().argsort(stable=True).split((kept.flatten() + 1).bincount(minlength=G + 2).tolist())
+    order, sizes = member.argsort(stable=True), member.bincount(minlength=G + 1).tolist()
     finite = bool(q.isfinite().all() and c.isfinite().all())  # then no score is NaN
     for pair, chunk, keys in zip(pairs[1:], order.split(sizes), c[order].split(sizes)):  # pairs[0]: of no group, -1
         for pair in pair.split(max(1, 2**22 // len(chunk))) if len(chunk) else ():

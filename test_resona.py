@@ -296,8 +296,11 @@ def test_groups_are_the_same_however_they_were_fed(sample):
     c = torch.randn(2, 30, 4)
     whole = resona.group_chunks(c, 3)
     assert whole.heads.shape == (2, 3, 4) and whole.member.shape == (2, 30)
-    nearest = (c @ whole.heads.mT).argmax(-1)
-    assert torch.equal(whole.member, nearest)
+    similar, nearest = (c @ whole.heads.mT).max(-1)
+    lowest = similar[:, :6].amin(-1)  # of the first SAMPLE·3; one in ODD of these is less than one
+    torch.testing.assert_close(whole.least[:, 0], lowest)
+    assert torch.equal(whole.member, nearest.where(similar >= whole.least, torch.tensor(3)))
+    assert 0 < (whole.member == 3).sum() < 30
     torch.testing.assert_close(whole.heads.norm(dim=-1), torch.ones(2, 3))
     for cut in range(31):
         for got, want in zip(resona.group_chunks(c, 3, resona.group_chunks(c[:, :cut], 3)), whole):
@@ -318,9 +321,21 @@ def test_two_level_search_finds_what_the_exact_one_does():
     c = F.normalize(torch.randn(1, 64, 16).repeat_interleave(64, 1) + 0.3 * torch.randn(1, 4096, 16), dim=-1)
     q = F.normalize(c[:, ::40] + 0.1 * torch.randn(1, 103, 16), dim=-1)
     exact = search_parallel(q, c, 4, 1, 5000)[1]
-    found = search_two_level_parallel(q, c, 4, 1, 5000, 64, 8)[1]
+    found = search_two_level_parallel(q, c, 4, 1, 5000, 64, 2)[1]
     assert not torch.equal(found, exact)
     assert (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean() > 0.9
+
+
+def test_two_level_search_finds_the_odd_one():
+    """A key unlike all others, that no head is near to, asked for by a query that is nearer to some heads."""
+    c = F.normalize(torch.randn(1, 64, 16).repeat_interleave(64, 1) + 0.3 * torch.randn(1, 4096, 16), dim=-1)
+    c = c[:, torch.randperm(4096)]
+    many, heads = F.normalize(torch.randn(1000, 16), dim=-1), resona.group_chunks(c, 64).heads[0]
+    c[0, 3000] = odd = many[(many @ heads.mT).amax(1).argmin()]
+    groups = resona.group_chunks(c, 64)
+    assert groups.member[0, 3000] == 64 and (groups.member == 64).float().mean() < 0.02
+    q = F.normalize(odd + 0.5 * groups.heads[0, 5], dim=-1)[None, None]
+    assert search_two_level_parallel(q, c, 4, 1, 5000, 64, 1)[1][0, 0, 0] == 3000
 
 
 # ------------------------------------------------------------------------------- attend and the branch
