@@ -228,15 +228,15 @@ def _scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = 
         for a_t, b_t in zip(a_steps, b_steps):
             torch.addcmul(b_t, a_t, b_block, out=b_block)
             a_block.mul_(a_t)
-        # Infinity times zero is not what the steps would give. (In a compiled graph there is no branch on data.)
-        if not torch.compiler.is_compiling() and not (a_block.isfinite() & b_block.isfinite()).all():
-            loop(h0, *(x.unbind(1)[::order] for x in (a, b, out)))
-            return
         start, h = torch.empty_like(b_block), h0
         for a_m, b_m, start_m in zip(*(x.unbind(1)[::order] for x in (a_block, b_block, start))):
             start_m.copy_(h)
             h = torch.addcmul(b_m, a_m, h)
         loop(start, a_steps, b_steps, out_steps)
+        # An overflow spreads to the end of its block or to h, but not as it does step by step, so the steps are
+        # done again. (A compiled graph has no branch on data.)
+        if not torch.compiler.is_compiling() and not (out_steps[-1].isfinite().all() and h.isfinite().all()):
+            h = loop(h0, *(x[:, blocks].unbind(1)[::order] for x in (a, b, out)))
         loop(h, *(x[:, rest].unbind(1)[::order] for x in (a, b, out)))
 
 
