@@ -277,7 +277,7 @@ def selective_task() -> Task:
 
     return Task(16, "tokens", [256, 512], (34, 100_000), batch,
                 lambda rng, length: {str(length): selective_rows(rng, 64, length)},
-                rates(1e-2, 1e-2, 1e-2), 800)
+                rates(1e-2, 1e-2, 3e-3), 800)
 
 
 def memorize_rows(rng: Rng, rows: int, length: int) -> Rows:
@@ -424,8 +424,8 @@ def text_task(data: Path | None) -> Task:
         rows = (text_row(rng, held_out, length, 128) for _ in range(max(8, 16384 // length)))
         return {**tests, f"again {length}": shift(*zip(*rows))}
 
-    return Task(256, "bytes", [TEXT_ROW, 2048, 8192], (256, 2**20), batch, test, rates(1e-2, 3e-3, 3e-3), 500,
-                test_top_k=16, scores=("token", "bits"))
+    return Task(256, "bytes", [TEXT_ROW, 2048, 8192], (256, 2**20), batch, test, rates(1e-2, 6e-3, 3e-3), 700,
+                {"d_conv": 8, "d_search": 16}, test_top_k=32, scores=("token", "bits"))
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
