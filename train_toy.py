@@ -277,7 +277,7 @@ def selective_task() -> Task:
 
     return Task(16, "tokens", [256, 512], (34, 100_000), batch,
                 lambda rng, length: {str(length): selective_rows(rng, 64, length)},
-                rates(1e-2, 1e-2, 3e-3), 800)
+                rates(1e-2, 1e-2, 1e-2), 800)
 
 
 def memorize_rows(rng: Rng, rows: int, length: int) -> Rows:
