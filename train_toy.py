@@ -319,12 +319,13 @@ def needle_rows(rng: Rng, rows: int, length: int, needles: int = 1, questions: i
 
 
 def needle_task() -> Task:
-    """Trained on 64 to 512 tokens with eight needles and 16 questions. The two-level search is the exact one up
-    to SAMPLE * n_group chunks, and so in training. A key among two tokens of a chunk, seen through a convolution
-    of two, is much easier to learn than one among more; and one layer that retrieves is enough."""
+    """Trained on 64 to 512 tokens with one to eight needles and 16 questions: many are learned sooner, but only
+    with fewer than top_k is a query shown noise, too, and the search learns to score it low. The two-level search
+    is the exact one up to SAMPLE * n_group chunks, and so in training. A key among two tokens of a chunk, seen
+    through a convolution of two, is much easier to learn than one among more; one layer that retrieves is enough."""
     def batch(rng):
-        length = int(2 ** rng.uniform(6, 9))
-        return needle_rows(rng, 4096 // length, length, needles=8, questions=16)
+        length, needles = int(2 ** rng.uniform(6, 9)), 2 ** rng.integers(4)
+        return needle_rows(rng, 4096 // length, length, needles, questions=16)
 
     return Task(64, "tokens", [512, 1024, 4096, 16384], (4, 2**24), batch,
                 lambda rng, length: {str(length): needle_rows(rng, 20, length)}, rates(1e-2, 3e-3, 3e-3), 700,
