@@ -671,10 +671,16 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
 
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
-    """The same as attend_naive for all positions at once, on gathered chunks: memory grows with L·K·U."""
+    """The same as attend_naive for many positions at once, on gathered chunks, some four million numbers of their
+    keys at a time. With gradients memory grows with L·K·U."""
     _check_attend(q, k, v, score, index)
     few = max(1, min(index.shape[2], k.shape[1]))  # slots beyond the M-th are always empty
-    score, index = score[..., :few], index[..., :few]
+    block = max(1, 2**22 // max(1, few * k[:, :1].numel()))
+    parts = (x.split(block, dim=1) for x in (q, score[..., :few], index[..., :few]))
+    return torch.cat([_attend_block(q, k, v, score, index) for q, score, index in zip(*parts)], dim=1)
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     found = index >= 0  # (B, L, K)
     some = found.any(-1, keepdim=True)  # (B, L, 1)
     log_p = score.masked_fill(~some, 0).log_softmax(-1).to(q.dtype)  # (B, L, K), -inf in empty slots

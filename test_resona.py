@@ -346,7 +346,8 @@ def attend_inputs(B=2, L=13, H=2, E=3, M=3, U=4, top_k=2):
     return q, k, v, query, c, (top_k, U)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"L": 1}, {"M": 1, "top_k": 3}, {"U": 1}, {"B": 1, "H": 1}, {"M": 0}])
+@pytest.mark.parametrize("sizes", [{}, {"L": 1}, {"M": 1, "top_k": 3}, {"U": 1}, {"B": 1, "H": 1}, {"M": 0},
+                                   {"B": 1, "M": 2, "H": 64, "E": 1024}])  # the last in two blocks of positions
 def test_attend_parallel_matches_naive(sizes):
     q, k, v, query, c, how = attend_inputs(**sizes)
     score, index = search_naive(query, c, *how)
