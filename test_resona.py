@@ -1,4 +1,4 @@
-"""Tests: python -m pytest. None needs a GPU; on 2 idle CPU cores they take three and a half minutes.
+"""Tests: python -m pytest. None needs a GPU; on 2 CPU cores they take five minutes.
 
 The naive functions are the specification: they are tested against equations written out here, and every fast
 path is tested against them, in values and in gradients. The two timing tests compare in pairs, in one run;
