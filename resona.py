@@ -671,8 +671,11 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
 
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
-    """The same as attend_naive for many positions at once, on gathered chunks, some four million numbers of their
-    keys at a time. With gradients memory grows with L·K·U."""
+    """The same as attend_naive for many positions at once, on gathered chunks.
+
+    Blocks of positions gather some four million numbers of keys at a time: more at once is slower, as memory that
+    large is fetched anew from the system each time. With gradients memory grows with L·K·U.
+    """
     _check_attend(q, k, v, score, index)
     few = max(1, min(index.shape[2], k.shape[1]))  # slots beyond the M-th are always empty
     block = max(1, 2**22 // max(1, few * k[:, :1].numel()))
