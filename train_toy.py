@@ -427,7 +427,7 @@ def text_task(data: Path | None) -> Task:
         rows = (text_row(rng, held_out, length, 128) for _ in range(max(8, 16384 // length)))
         return {**tests, f"again {length}": shift(*zip(*rows))}
 
-    return Task(256, "bytes", [TEXT_ROW, 2048, 8192], (256, 2**20), batch, test, rates(1e-2, 8e-3, 3e-3), 700,
+    return Task(256, "bytes", [TEXT_ROW, 2048, 8192], (256, 2**20), batch, test, rates(1e-2, 8e-3, 1e-2), 700,
                 {"d_conv": 8, "d_search": 16, "top_k": 8, "retrieval": [0]}, test_top_k=32, scores=("token", "bits"))
 
 
