@@ -96,6 +96,7 @@ class ResonaConfig:
     top_group: int = 40               # best of them that a query looks into
     d_conv: int = 4                   # W
     d_ff: int = 128                   # hidden width of each layer's MLP
+    rotary: bool = True               # does the "attention" backbone know positions?
 
     def __post_init__(self):
         for field in fields(self):
@@ -109,7 +110,9 @@ class ResonaConfig:
                              f"d_model -> nn.Module, got {self.backbone!r}")
         if self.search not in ("exact", "two_level"):
             raise ValueError(f"search must be exact or two_level, got {self.search!r}")
-        if self.backbone == "attention" and D // H % 2:
+        if not isinstance(self.rotary, bool):
+            raise ValueError(f"rotary must be True or False, got {self.rotary!r}")
+        if self.backbone == "attention" and self.rotary and D // H % 2:
             raise ValueError(f"rotary positions need an even d_model / n_head, got {D} / {H} = {D // H}")
         listed = isinstance(self.retrieval, (list, tuple)) and all(
             type(layer) is int and layer in layers for layer in self.retrieval)
@@ -314,21 +317,23 @@ class SelectiveSSM(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Causal softmax attention with rotary positions (RoFormer, arXiv 2104.09864): the Transformer.
+    """Causal softmax attention with rotary positions (RoFormer, arXiv 2104.09864): the Transformer. Without them
+    (NoPE, arXiv 2305.19466) only the short convolution before it tells it the order of tokens.
 
     Its state is every key and value so far, so it grows with the context.
     """
 
-    def __init__(self, d_model: int, n_head: int = 4):
+    def __init__(self, d_model: int, n_head: int = 4, rotary: bool = True):
         super().__init__()
-        self.n_head = n_head
+        self.n_head, self.rotary = n_head, rotary
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.output = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, u: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple]:
         L, past = u.shape[1], 0 if state is None else state[0].shape[2]
         q, k, v = self.qkv(u).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, E)
-        q, k = _rotate(q, past), _rotate(k, past)
+        if self.rotary:
+            q, k = _rotate(q, past), _rotate(k, past)
         if state is not None:
             k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
         if past == 0 or L == 1:
@@ -832,7 +837,7 @@ class Layer(nn.Module):
         make = config.backbone if callable(config.backbone) else BACKBONES[config.backbone]
         self.norm = nn.RMSNorm(D)
         self.conv = ShortConv(D, config.d_conv)
-        self.backbone = make(D, config.n_head) if make is CausalAttention else make(D)
+        self.backbone = make(D, config.n_head, config.rotary) if make is CausalAttention else make(D)
         self.retrieval = Retrieval(config) if retrieval else None
         self.norm_mlp = nn.RMSNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.d_ff), nn.SiLU(), nn.Linear(config.d_ff, D))

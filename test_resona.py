@@ -468,7 +468,8 @@ def test_memory_grows_with_length_not_with_its_square():
 
 # ------------------------------------------------------------------------------ the laws of the model
 LAWFUL = {
-    "gated": ("gated", {}), "ssm": ("ssm", {}), "attention": ("attention", {}), "gru": (gru, {}),
+    "gated": ("gated", {}), "ssm": ("ssm", {}), "attention": ("attention", {}), "nope": ("attention", {"rotary": False}),
+    "gru": (gru, {}),
     "delta rule": (lambda d_model: DeltaRule(d_model, 2), {}),
     "attention+retrieval": ("attention", {"retrieval": True}), "no retrieval": ("gated", {"retrieval": False}),
     "last layer only": ("gated", {"retrieval": [1]}), "one token a chunk": ("gated", {"chunk_size": 1}),
@@ -476,6 +477,14 @@ LAWFUL = {
     "two-level, a token a chunk": (
         "gated", {"search": "two_level", "n_group": 4, "top_group": 2, "top_k": 2, "chunk_size": 1}),
 }
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_attention_without_positions_does_not_see_the_order(rotary):
+    attention, u = resona.CausalAttention(8, 2, rotary).double(), torch.randn(1, 6, 8, dtype=DOUBLE)
+    swapped = u[:, [3, 1, 2, 0, 4, 5]]
+    last, other = (attention(x)[0][:, 4:] for x in (u, swapped))
+    assert torch.allclose(last, other) != rotary
 
 
 @pytest.mark.parametrize("case", LAWFUL)
@@ -897,6 +906,7 @@ def test_bad_config_is_refused():
             refuse(lambda: ResonaConfig(**{"vocab_size": 5, field: value}), field, repr(value))
     refuse(lambda: ResonaConfig(5, d_model=30, n_head=4), "d_model=30", "n_head=4")
     refuse(lambda: ResonaConfig(5, d_model=6, n_head=2, backbone="attention"), "even", "6 / 2 = 3")
+    refuse(lambda: ResonaConfig(5, rotary="no"), "rotary", "'no'")
     refuse(lambda: ResonaConfig(5, backbone="lstm"), "'lstm'", *BACKBONES)
     refuse(lambda: ResonaConfig(5, search="fast"), "search", "'fast'", "two_level")
     refuse(lambda: ResonaConfig(5, backbone=[]), "[]", *BACKBONES)
@@ -981,7 +991,7 @@ def test_task_rows_fit_the_task(name):
         assert len(scored) and 0 <= scored.min() and scored.max() < it.vocab_size
     again = it.batch(np.random.default_rng(0))
     assert np.array_equal(again[0], it.batch(np.random.default_rng(0))[0])
-    assert set(it.lr) == set(MODELS)
+    assert set(it.lr) == {*MODELS, "nope"}
 
 
 def test_copy_rows_are_laid_out_as_in_the_reference():
@@ -1144,13 +1154,14 @@ def test_text_is_split_by_topic(tmp_path):
 # --------------------------------------------------------------------------------------- train_toy.py
 @pytest.mark.parametrize("backbone", ["gated", "ssm"])
 @pytest.mark.parametrize("name_of", TASKS)
-def test_the_three_models_have_equal_parameters(name_of, backbone):
-    models = [train_toy.make_model(name, backbone, task(name_of)) for name in MODELS]
+def test_the_models_have_equal_parameters(name_of, backbone):
+    models = [train_toy.make_model(name, backbone, task(name_of)) for name in [*MODELS, "nope"]]
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     assert max(counts) <= 1.01 * min(counts)
     assert len({len(layer.conv.weight) for model in models for layer in model.layers}) == 1  # one width
     kinds = [type(layer.backbone) for model in models for layer in model.layers]
-    assert kinds[:4] == [BACKBONES[backbone]] * 4 and kinds[4:] == [BACKBONES["attention"]] * 2
+    assert kinds[:4] == [BACKBONES[backbone]] * 4 and kinds[4:] == [BACKBONES["attention"]] * 4
+    assert [layer.backbone.rotary for model in models[2:] for layer in model.layers] == [True, True, False, False]
 
 
 @pytest.fixture
@@ -1276,6 +1287,48 @@ def test_running_out_of_memory_keeps_the_shorter_results(tmp_path, monkeypatch, 
     assert list(json.loads((tmp_path / "results.json").read_text())["results"]["resona"]) == ["64"]
 
 
+def test_a_test_that_only_some_runs_could_finish_is_kept_of_these(tmp_path, monkeypatch, capsys):
+    ran, evaluate = [], train_toy.evaluate
+
+    def starved(model, rows, *args):
+        ran.append(rows[0].shape[1])
+        if ran.count(128) == 1 and rows[0].shape[1] == 128:  # the first time alone
+            raise MemoryError
+        return evaluate(model, rows, *args)
+    monkeypatch.setattr(train_toy, "evaluate", starved)
+    flags = ["--task", "needle", "--model", "resona", "--steps", "1", "--lengths", "64,128", "--out"]
+    assert train_toy.cli([*flags, str(tmp_path / "seeds"), "--seeds", "2"]) == 0
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tests: "))
+    assert header.split()[-2:] == ["64", "128"]
+    report = json.loads((tmp_path / "seeds" / "results.json").read_text())
+    assert {"task", "seed", "device", "torch", "train_seconds", "parameters"} <= set(report)
+    assert list(report["results"]["resona"]) == list(report["deviation"]["resona"]) == ["64"]  # of both seeds
+    ran.clear()
+    monkeypatch.setattr(train_toy, "needle_task", lambda it=train_toy.needle_task(): it._replace(
+        lengths=[128], limits=(4, 200)))
+    assert train_toy.cli([*flags[:-3], "--sweep", "--out", str(tmp_path / "sweep")]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[:3] == ["resona,", "128", "-"] and len(row) == 2 + len(train_toy.SWEEP)
+
+
+def test_ablations_go_on_after_an_interruption_and_leave_no_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_toy, "ABLATIONS", dict(list(train_toy.ABLATIONS.items())[::9]))
+    flags = ["--ablate", "--steps", "2", "--lengths", "8", "--out"]
+    assert train_toy.cli([*flags, str(tmp_path / "a")]) == 0
+    whole, test = capsys.readouterr().out, train_toy.test
+
+    def interrupted(models, run):
+        monkeypatch.setattr(train_toy, "test", test)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_toy, "test", interrupted)
+    assert train_toy.cli([*flags, str(tmp_path / "b")]) == 130
+    printed = capsys.readouterr()
+    assert "stopped; to go on: " in printed.err
+    assert train_toy.cli([*flags, str(tmp_path / "b"), "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == whole.splitlines()[-2:]
+    assert not list(tmp_path.glob("*/ablate/*/resona.pt"))
+
+
 def test_ablations_change_what_they_say():
     it = task("copy")
     inputs, _ = train_toy.tensors(it.batch(np.random.default_rng(0)), "cpu")
@@ -1309,7 +1362,8 @@ def test_compare_search_reports_recall(tmp_path, capsys, monkeypatch):
     (["--backbone", "attention"], ["gated", "ssm"]), (["--device", "cuda:99"], ["cuda:99"]),
     (["--lengths", "32,x"], ["32,x"]), (["--lengths", "0"], ["copy", "1 to", "letters"]),
     (["--lengths", "64", "--task", "mqar"], ["1 to 63 pairs"]), (["--lengths", "6", "--task", "ngram"], ["7 to"]),
-    (["--data", "none.txt", "--task", "text"], ["none.txt", "No such file"]), (["--data", "x"], ["--task copy"]),
+    (["--lengths", "33", "--task", "recall"], ["even", "33"]),
+    (["--lengths", "3", "--task", "memorize"], ["even", "3"]), (["--data", "none.txt", "--task", "text"], ["none.txt", "No such file"]), (["--data", "x"], ["--task copy"]),
     (["--seeds", "0"], []), (["--device", "abc"], ["abc"]), (["--device", "meta"], ["meta"]), (["--nonsense"], [])])
 def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys):
     assert train_toy.cli(["--out", str(tmp_path / "out"), *flags]) == 2
@@ -1340,6 +1394,14 @@ def test_the_command_itself_shows_no_traceback():
     done = subprocess.run([sys.executable, str(script), "--steps", "none"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert subprocess.run([sys.executable, str(script), "--help"], capture_output=True).returncode == 0
+
+
+def test_a_terminal_that_lacks_a_letter_is_no_reason_to_stop(tmp_path):
+    done = subprocess.run([sys.executable, train_toy.__file__, "--task", "memorize", "--model", "recurrence",
+                           "--steps", "1", "--seeds", "2", "--out", str(tmp_path)],
+                          capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "0.000 ?0.000" in done.stdout
 
 
 # --------------------------------------------------------------------------------------- reliability
@@ -1491,6 +1553,9 @@ def test_a_full_disk_is_reported_once_and_training_goes_on(tmp_path, capsys, mon
     assert train_toy.cli([*flags, str(tmp_path / "c")]) == 2  # never: then the numbers are on the screen alone
     printed = capsys.readouterr()
     assert "could not be written: " in printed.err and "recurrence" in printed.out
+    assert train_toy.cli(["--task", "text", "--model", "resona", "--steps", "1", "--lengths", "256", "--out",
+                          str(tmp_path / "d")]) == 2
+    assert "a sample" in capsys.readouterr().out
 
 
 def test_a_lost_output_folder_is_made_again(tmp_path, quick, batches, capsys):

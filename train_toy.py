@@ -34,7 +34,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 import numpy as np
 import torch
@@ -50,8 +50,8 @@ from resona import BACKBONES, Resona, ResonaConfig, Retrieval
 # What is common to all tasks; each task states its own steps, learning rates and sizes below.
 BATCH = 16          # rows
 WARMUP = 20         # steps of a rising learning rate; it is the lower of that ramp and a line from lr to zero
-SWEEP = (1e-3, 3e-3, 1e-2)   # learning rates of --sweep
-MODELS = ("recurrence", "resona", "transformer")
+SWEEP = (1e-3, 3e-3, 1e-2, 3e-2)   # learning rates of --sweep
+MODELS = ("recurrence", "resona", "transformer")   # besides, on demand: "nope", a Transformer without positions
 PIECE = 32768       # tokens that evaluation feeds at a time; the state carries the rest
 IGNORE = -100       # the target where nothing is scored
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
@@ -71,15 +71,16 @@ class Task(NamedTuple):
     limits: tuple[int, int]                 # that a length must keep to
     batch: Callable[[Rng], Rows]            # rows to train on
     test: Callable[[Rng, int], dict[str, Rows]]     # rows to test on, at one length
-    lr: dict[str, float]                    # peak learning rates, by model; README says which were swept
+    lr: dict[str, float]                    # peak learning rates, by model; README has the sweeps
     steps: int
     config: dict[str, Any] = {}             # what differs from ResonaConfig's defaults
     test_top_k: int | None = None           # Resona may open more chunks than it was trained to
     scores: tuple[str, ...] = ("token", "sequence")
+    even: bool = False                      # must the lengths of the tests be even?
 
 
 def rates(recurrence: float, resona: float, transformer: float) -> dict[str, float]:
-    return dict(zip(MODELS, (recurrence, resona, transformer)))
+    return {"recurrence": recurrence, "resona": resona, "transformer": transformer, "nope": transformer}
 
 
 # ----------------------------------------------------------------------------- task 1: copying, n-grams
@@ -200,7 +201,7 @@ def mqar_task() -> Task:
 
     return Task(vocab, "pairs", [16, 4, 8, 32, 63], (1, vocab // 2 - 1), batch,
                 lambda rng, pairs: {str(pairs): mqar_rows(rng, 64, max(64, 8 * pairs), pairs, vocab)},
-                rates(1e-2, 3e-3, 3e-3), 800, {"chunk_size": 2}, test_top_k=16)
+                rates(3e-3, 3e-3, 3e-3), 800, {"chunk_size": 2}, test_top_k=16)
 
 
 # ------------------------------------------------------- task 3: recall, noisy, fuzzy, selective, memorize
@@ -252,7 +253,7 @@ def recall_task(
         rows = (recall_row(rng, length + odd, keys, sizes[-1:], sizes, noise) for _ in range(64))
         return {str(length): shift(*zip(*rows))}
 
-    return Task(vocab, "tokens", [128, 512], (16, 16384), batch, test, lr, steps, {"chunk_size": 2})
+    return Task(vocab, "tokens", [128, 512], (16, 16384), batch, test, lr, steps, {"chunk_size": 2}, even=not odd)
 
 
 def selective_rows(rng: Rng, rows: int, length: int) -> Rows:
@@ -297,8 +298,8 @@ def memorize_rows(rng: Rng, rows: int, length: int) -> Rows:
 
 def memorize_task() -> Task:
     return Task(256, "tokens", [32], (2, 100_000), lambda rng: memorize_rows(rng, BATCH, 32),
-                lambda rng, length: {str(length): memorize_rows(rng, 64, length // 2 * 2)},
-                rates(1e-2, 1e-2, 1e-2), 400)
+                lambda rng, length: {str(length): memorize_rows(rng, 64, length)},
+                rates(1e-2, 1e-2, 1e-2), 400, even=True)
 
 
 # ------------------------------------------------------------------------- task 4: a needle, a phone book
@@ -427,7 +428,7 @@ def text_task(data: Path | None) -> Task:
         rows = (text_row(rng, held_out, length, 128) for _ in range(max(8, 16384 // length)))
         return {**tests, f"again {length}": shift(*zip(*rows))}
 
-    return Task(256, "bytes", [TEXT_ROW, 2048, 8192], (256, 2**20), batch, test, rates(1e-2, 8e-3, 1e-2), 700,
+    return Task(256, "bytes", [TEXT_ROW, 2048, 8192], (256, 2**20), batch, test, rates(3e-2, 1e-2, 1e-2), 700,
                 {"d_conv": 8, "d_search": 16, "top_k": 8, "retrieval": [0]}, test_top_k=32, scores=("token", "bits"))
 
 
@@ -453,23 +454,25 @@ def make_task(name: str, args: argparse.Namespace) -> Task:
         low, high = task.limits
         if not low <= length <= high:
             raise UserError(f"--lengths: {name} is tested on {low} to {high} {task.unit}, got {length}")
+        if task.even and length % 2:
+            raise UserError(f"--lengths: {name} is tested on an even number of {task.unit}, got {length}")
     return task._replace(lengths=args.lengths or task.lengths, steps=args.steps or task.steps,
-                         lr=task.lr if args.lr is None else dict.fromkeys(MODELS, args.lr))
+                         lr=task.lr if args.lr is None else dict.fromkeys(task.lr, args.lr))
 
 
 # ---------------------------------------------------------------------------------------- the models
 def make_model(name: str, backbone: str, task: Task) -> Resona:
-    """All three have the same depth, the same width of short convolution and, within 1 %, the same number of
-    parameters: what Resona spends on retrieval the other two spend on d_model, and so on a larger state.
+    """All have the same depth, the same width of short convolution and, within 1 %, the same number of
+    parameters: what Resona spends on retrieval the others spend on d_model, and so on a larger state.
     d_model grows while an MLP of 1.5 times its width still fits, then d_ff takes the parameters left."""
     resona = ResonaConfig(task.vocab_size, backbone=backbone, **task.config)
     if name == "resona":
         return Resona(resona)
 
     def build(d_model: int, d_ff: int) -> Resona:
-        kind = "attention" if name == "transformer" else backbone
+        kind = backbone if name == "recurrence" else "attention"
         return Resona(ResonaConfig(task.vocab_size, d_model=d_model, d_ff=d_ff, d_conv=resona.d_conv,
-                                   backbone=kind, retrieval=False))
+                                   backbone=kind, retrieval=False, rotary=name != "nope"))
 
     with torch.device("meta"):  # shapes without memory, to count
         target, d_model = count(Resona(resona)), resona.d_model
@@ -705,19 +708,21 @@ def evaluate(
         "sequence_accuracy": (right | ~scored).all(1).float().mean().item(),
         "bits_per_token": bits / math.log(2) / scored.sum().item(),
         "seconds": time.perf_counter() - start,
-        "peak_gib": peak_memory(device),
     }
-    return {**scores, "generated_accuracy": torch.cat(written).float().mean().item()} if free else scores
+    if free:
+        scores["generated_accuracy"] = torch.cat(written).float().mean().item()
+    peak = peak_memory(device)
+    return scores if peak is None else {**scores, "peak_gib": peak}
 
 
-def peak_memory(device: str) -> float:
-    """GiB of memory that this process has held at most so far; of the GPU if it is on one."""
+def peak_memory(device: str) -> float | None:
+    """GiB of memory that this process has held at most so far; of the GPU if it is on one. None: not known."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
         import resource
     except ImportError:  # Windows
-        return math.nan
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -752,7 +757,7 @@ def table(
     """One line per model and score, one column per test; over several seeds, mean and standard deviation."""
     key = {"token": "token_accuracy", "sequence": "sequence_accuracy", "generated": "generated_accuracy",
            "bits": "bits_per_token", "seconds": "seconds", "GiB": "peak_gib"}
-    tests = list(next(iter(scores.values()))[0])
+    tests = tests_of(itertools.chain(*scores.values()))
     width = max(12, *map(len, tests)) if len(next(iter(scores.values()))) > 1 else max(8, *map(len, tests))
     lines = [f"{'tests: ' + task.unit:<32}" + "".join(f" {test:>{width}}" for test in tests)]
     for name, by_seed in scores.items():
@@ -760,10 +765,15 @@ def table(
         label = f"{model} top_k {top_k}" if top_k else model
         facts = [label, f"  {parameters[model]:,} parameters", f"  {seconds[model]:.0f} s of training"]
         for fact, score in itertools.zip_longest(facts[:max(2, len(task.scores))], task.scores, fillvalue=""):
-            cells = (spread([one[test][key[score]] for one in by_seed if test in one]) if score else ""
-                     for test in tests)
+            cells = (spread([one[test][key[score]] for one in by_seed if key[score] in one.get(test, ())])
+                     if score else "" for test in tests)
             lines.append(f"{fact:<22}{score:<10}" + "".join(f" {cell:>{width}}" for cell in cells))
     return "\n".join(lines)
+
+
+def tests_of(scores: Iterable[Scores]) -> list[str]:
+    """Of the tests. One that did not fit into the memory is missing in some of the scores."""
+    return list(dict.fromkeys(test for one in scores for test in one))
 
 
 def spread(values: list[float]) -> str:
@@ -773,8 +783,8 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.{digits}f} ±{statistics.stdev(values):.{digits}f}"
 
 
-def do(run: Run, models: tuple[str, ...]) -> tuple[dict[str, Scores], dict[str, int], dict[str, float]]:
-    """Train, test and write results.json -> scores, parameters, seconds of training."""
+def do(run: Run, models: tuple[str, ...]) -> tuple[dict[str, Scores], dict[str, Resona], dict[str, float]]:
+    """Train, test and write results.json -> scores, trained models, seconds of training."""
     args = run.args
     trained, seconds, losses = {}, {}, {}
     with suppress(OSError):  # save will say why
@@ -798,7 +808,7 @@ def do(run: Run, models: tuple[str, ...]) -> tuple[dict[str, Scores], dict[str, 
         report["top_k"] = {"training": trained["resona"].config.top_k, "evaluation": run.task.test_top_k}
         report["resona_at_training_top_k"] = scores["resona"]
     save(run.out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-    return scores, parameters, seconds
+    return scores, trained, seconds
 
 
 def compare(args: argparse.Namespace, names: list[str], models: tuple[str, ...]) -> None:
@@ -809,52 +819,60 @@ def compare(args: argparse.Namespace, names: list[str], models: tuple[str, ...])
         out = args.out / name if len(names) > 1 else args.out
         seeds = range(args.seed, args.seed + args.seeds)
         scores: dict[str, list[Scores]] = {}
+        times: list[dict[str, float]] = []
         for seed in seeds:
             print(f"\n{name}: {task.steps} steps of each model, seed {seed}")
             run = Run(name, task, seed, out / f"seed-{seed}" if args.seeds > 1 else out, args)
-            one, parameters, seconds = do(run, models)
+            one, trained, seconds = do(run, models)
+            times.append(seconds)
             for key, value in one.items():
                 scores.setdefault(key, []).append(value)
         if RANK:
             continue
+        parameters = {model: count(trained[model]) for model in models}
+        seconds = {model: statistics.mean(one[model] for one in times) for model in models}
         print("\n" + table(scores, task, parameters, seconds))
         summary.append((name, task, scores))
         if args.seeds > 1:
-            write_means(out, name, list(seeds), scores, task, models)
+            facts = {"task": name, "seed": args.seed, "seeds": list(seeds), "device": args.device,
+                     "torch": torch.__version__, "train_seconds": seconds, "parameters": parameters}
+            write_means(out, facts, scores, task, models)
         if name == "text" and "resona" in models:
-            sample(run)
+            sample(trained["resona"], run)
     if len(names) > 1 and not RANK:
         print("\n" + overview(summary))
     print(f"\nwritten to {args.out}")
 
 
 def write_means(
-    out: Path, name: str, seeds: list[int], scores: dict[str, list[Scores]], task: Task, models: tuple[str, ...]
+    out: Path, facts: dict[str, Any], scores: dict[str, list[Scores]], task: Task, models: tuple[str, ...]
 ) -> None:
-    best = {model: scores.get(f"{model}@{task.test_top_k}", scores[model]) for model in models}
-    by = {what: {model: {test: {score: of([one[test][score] for one in ones]) for score in ones[0][test]}
-                         for test in ones[0]} for model, ones in best.items()}
-          for what, of in (("results", statistics.mean), ("deviation", statistics.stdev))}
-    report = {"task": name, "seeds": seeds, "torch": torch.__version__, **by}
+    """results.json over several seeds: means, and standard deviations, of the tests that every seed has."""
+    report = {**facts, "results": {}, "deviation": {}}
+    for model in models:
+        ones = scores.get(f"{model}@{task.test_top_k}", scores[model])
+        for key, of in (("results", statistics.mean), ("deviation", statistics.stdev)):
+            report[key][model] = {test: {score: of([one[test][score] for one in ones]) for score in ones[0][test]}
+                                  for test in ones[0] if all(test in one for one in ones)}
     save(out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
 
 
 def overview(summary: list[tuple[str, Task, dict[str, list[Scores]]]]) -> str:
     """Token accuracy of every task and test; of Resona's two runs the one with more chunks."""
-    lines = [f"{'task':<11}{'test':<12}" + "".join(f"{name:>16}" for name in MODELS)]
+    models = list(dict.fromkeys(name.partition("@")[0] for _, _, scores in summary for name in scores))
+    lines = [f"{'task':<11}{'test':<12}" + "".join(f"{name:>16}" for name in models)]
     for name, task, scores in summary:
-        for i, test in enumerate(next(iter(scores.values()))[0]):
+        for i, test in enumerate(tests_of(itertools.chain(*scores.values()))):
             cells = ""
-            for model in MODELS:
+            for model in models:
                 ones = scores.get(f"{model}@{task.test_top_k}", scores.get(model, []))
                 cells += f"{spread([one[test]['token_accuracy'] for one in ones if test in one]):>16}"
             lines.append(f"{name if i == 0 else '':<11}{test:<12}{cells}")
     return "\n".join(lines)
 
 
-def sample(run: Run) -> None:
+def sample(model: Resona, run: Run) -> None:
     """What Resona writes after the first words of the held-out text."""
-    model = Resona.load(run.out / "resona.pt", run.args.device)
     prompt = torch.from_numpy(read_text(run.args.data)[1][:200].copy())[None].to(run.args.device)
     generator = torch.Generator(run.args.device).manual_seed(run.seed)
     text = model.generate(prompt, 300, temperature=0.5, generator=generator, top_k=run.task.test_top_k)[0]
@@ -880,10 +898,10 @@ def sweep(args: argparse.Namespace, names: list[str], models: tuple[str, ...]) -
         score = "bits_per_token" if "bits" in task.scores else "token_accuracy"
         print(f"\n{name + ', ' + score.replace('_', ' '):<34}" + "".join(f"{rate:>10g}" for rate in SWEEP))
         for model, by_rate in results.items():
-            for test in next(iter(by_rate.values())):
-                cells = (f"{by_rate[rate][test][score]:>10.3f}" if rate in by_rate else f"{'diverged':>10}"
-                         for rate in SWEEP)
-                print(f"{model + ', ' + test:<34}" + "".join(cells))
+            for test in tests_of(by_rate.values()):
+                cells = ("diverged" if rate not in by_rate else spread(
+                    [by_rate[rate][test][score]] if test in by_rate[rate] else []) for rate in SWEEP)
+                print(f"{model + ', ' + test:<34}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 # Ablations: copying with one thing about Resona changed at a time.
@@ -938,10 +956,12 @@ def ablate(args: argparse.Namespace) -> None:
         for layer in model.layers:
             if layer.retrieval:
                 patch(layer.retrieval)
-        with tempfile.TemporaryDirectory() as out:  # Resona.load would not know what was patched
-            run = Run("copy", changed, args.seed, Path(out), args)
-            train("resona", model, run)
-            scores = test({"resona": model}, run)
+        run = Run("copy", changed, args.seed, args.out / "ablate" / label.replace(":", "").replace(" ", "-"), args)
+        with suppress(OSError):  # save will say why
+            run.out.mkdir(parents=True, exist_ok=True)
+        train("resona", model, run)
+        (run.out / "resona.pt").unlink(missing_ok=True)  # Resona.load would not know what was patched
+        scores = test({"resona": model}, run)
         lines.append(f"{label:<30}" + "".join(
             f"{few[name]['token_accuracy']:>8.3f} /{many[name]['token_accuracy']:.3f}"
             for few, many in [scores.values()] for name in few))
@@ -1023,7 +1043,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     positive = number(int, 1, "a whole number of at least 1")
     seed = number(int, 0, "a whole number from 0 to 4294967295", 2**32 - 1)
     parser.add_argument("--task", choices=[*TASKS, "all"], default="copy", help="what to learn (default: copy)")
-    parser.add_argument("--model", choices=[*MODELS, "all"], default="all", help="what to train (default: all)")
+    parser.add_argument("--model", choices=[*MODELS, "nope", "all"], default="all",
+                        help="what to train; nope: a Transformer without positions (default: the first three)")
     parser.add_argument("--backbone", choices=recurrent, default="gated",
                         help="the recurrence, with and without retrieval (default: gated)")
     parser.add_argument("--steps", type=positive, help="of each model's training (default: the task's own)")
@@ -1144,4 +1165,5 @@ def cli(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, wherever it comes
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of the user's text
     sys.exit(cli(sys.argv[1:]))
