@@ -4,8 +4,10 @@
     search(q, c, top_k, chunk_size, offset=0)     the same as resona.search_naive, with gradients
     python kernels.py [--json FILE]               the benchmark, on a CUDA GPU
 
-The scan does two operations for every number it moves, so memory is its only limit: it reads each input and
-writes each output once (12 bytes an element in float32 forward, 20 backward). The search would write and read
+The scan does two operations for every number it moves, so memory is its only limit: at best it reads each input and
+writes each output once (12 bytes an element in float32 forward, 20 backward). Where rows are too few to fill the GPU
+it cuts the sequence into chunks, whose inputs it reads twice (20 and 28 bytes). The product of a over a chunk must fit
+float32, as it does with |a| <= 1; resona.scan_parallel has no such limit. The search would write and read
 again a score for each pair of query and chunk; fused with the top-k it writes none of them.
 
 Importing this file needs neither Triton nor a GPU. Where a kernel cannot run (a tensor on the CPU, float64, no

@@ -1285,6 +1285,13 @@ def test_running_out_of_memory_keeps_the_shorter_results(tmp_path, monkeypatch, 
     printed = capsys.readouterr()
     assert "out of memory in test 128" in printed.err + printed.out
     assert list(json.loads((tmp_path / "results.json").read_text())["results"]["resona"]) == ["64"]
+    assert train_toy.cli([*flags[:-1], "128"]) == 0  # nothing fits: a table without columns, no traceback
+
+    def crash(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(train_toy, "evaluate", crash)
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # a bug is no lack of memory
+        train_toy.cli(flags)
 
 
 def test_a_test_that_only_some_runs_could_finish_is_kept_of_these(tmp_path, monkeypatch, capsys):
@@ -1364,6 +1371,7 @@ def test_compare_search_reports_recall(tmp_path, capsys, monkeypatch):
     (["--lengths", "64", "--task", "mqar"], ["1 to 63 pairs"]), (["--lengths", "6", "--task", "ngram"], ["7 to"]),
     (["--lengths", "33", "--task", "recall"], ["even", "33"]),
     (["--lengths", "3", "--task", "memorize"], ["even", "3"]), (["--data", "none.txt", "--task", "text"], ["none.txt", "No such file"]), (["--data", "x"], ["--task copy"]),
+    (["--sweep", "--seeds", "3"], ["one seed", "3"]), (["--ablate", "--task", "mqar"], ["--task"]),
     (["--seeds", "0"], []), (["--device", "abc"], ["abc"]), (["--device", "meta"], ["meta"]), (["--nonsense"], [])])
 def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys):
     assert train_toy.cli(["--out", str(tmp_path / "out"), *flags]) == 2
