@@ -5,13 +5,14 @@
     python train_toy.py --resume                           # go on after Ctrl-C or a crash
     torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes, or GPUs
 
-Writes to --out: results.json, <model>.pt, which Resona.load reads (of a Transformer once this file is imported), and
-<model>.train.pt for --resume. On a CPU the same flags give the same numbers, bit for bit.
+Writes to --out: results.json; <model>.pt, which Resona.load reads (a Transformer's once this file is imported);
+<model>.train.pt, for --resume. On a CPU the same flags give the same numbers, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -37,6 +38,7 @@ BATCH = 16                                        # rows a step
 WARMUP = 20                                       # steps of a rising learning rate; then it falls in a line to zero
 BETAS, DECAY, CLIP = (0.9, 0.99), 0.01, 1.0       # AdamW's; the longest gradient
 IGNORE = -100                                     # the target where nothing is scored
+START, SEPARATOR, END = 26, 27, 28                # $ | . in the drawings, after the letters 0..25
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 Rng = np.random.Generator
@@ -50,7 +52,7 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------------- copying
 class Copying:
     """Strings of 4 to 32 random letters (Jelassi et al., "Repeat After Me", arXiv 2402.01032), tested up to 16 times
-    the longest. Letters are 0..25; the reference's 29 pads, and no row here needs it."""
+    the longest. The reference has a thirtieth token, which pads; no row here needs it."""
 
     vocab_size = 30
     unit, lengths = "letters", [32, 64, 128, 256, 512]  # of the strings in the tests
@@ -65,9 +67,6 @@ class Copying:
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
         rows = [copy_string(rng, length) for _ in range(min(128, max(16, 4096 // length)))]
         return {str(length): shift(*map(np.stack, zip(*rows)))}
-
-
-START, SEPARATOR, END = 26, 27, 28
 
 
 def copy_string(rng: Rng, length: int) -> Rows:
@@ -88,16 +87,15 @@ def packed(rng: Rng, string: Callable[[Rng, int], Rows], shortest: int, longest:
         inputs   $ c a t | c a t . $ o w l s | o      the row without its last token
         targets  - - - - c a t . - - - - - - - -      the row without its first, - where nothing is scored
     """
-    rows, scored = np.zeros((BATCH, row + 1), dtype=np.int64), np.zeros((BATCH, row + 1), dtype=bool)
-    for tokens, mask in zip(rows, scored):
-        end = 0
-        while end <= row:
+    rows = []
+    for _ in range(BATCH):
+        tokens, scored = [], []
+        while len(tokens) <= row:
             more, score = string(rng, rng.integers(shortest, longest + 1))
-            room = row + 1 - end
-            tokens[end:end + len(more)] = more[:room]
-            mask[end:end + len(more)] = score[:room] if len(more) <= room else False
-            end += len(more)
-    return shift(rows, scored)
+            whole = len(tokens) + len(more) <= row + 1
+            tokens, scored = [*tokens, *more], [*scored, *(score & whole)]
+        rows.append((tokens[:row + 1], scored[:row + 1]))
+    return shift(*zip(*rows))
 
 
 def shift(rows: np.ndarray, scored: np.ndarray) -> Rows:
@@ -111,9 +109,8 @@ TASKS: dict[str, Callable[[], Any]] = {"copy": Copying}
 
 # ----------------------------------------------------------------------------- three models of equal size
 class CausalAttention(nn.Module):
-    """The Transformer: causal softmax attention with rotary positions (RoFormer, arXiv 2104.09864), or without any
-    (NoPE, arXiv 2305.19466), when only the short convolution before it tells it the order of tokens. As a backbone
-    its state is every key and value so far, so it grows with the context."""
+    """The Transformer: causal attention with rotary positions (arXiv 2104.09864), or without any (NoPE, 2305.19466):
+    then the short convolution alone tells it the order of tokens. Its state, every key and value, grows."""
 
     def __init__(self, d_model: int, n_head: int = 4, rotary: bool = True):
         super().__init__()
@@ -128,11 +125,8 @@ class CausalAttention(nn.Module):
             q, k = rotate(q, past), rotate(k, past)
         if state is not None:
             k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
-        if past == 0 or L == 1:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)
-        else:
-            causal = torch.ones(L, past + L, dtype=torch.bool, device=u.device).tril(past)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
+        mask = torch.ones(L, past + L, dtype=torch.bool, device=u.device).tril(past) if past and L > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past and L > 1)
         return self.output(y.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -145,8 +139,7 @@ def rotate(x: Tensor, past: int) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-# Named, so that their checkpoints can be read.
-BACKBONES.update({"transformer": CausalAttention, "nope": partial(CausalAttention, rotary=False)})
+BACKBONES.update(transformer=CausalAttention, nope=partial(CausalAttention, rotary=False))  # named, for Resona.load
 
 
 def make_model(name: str, backbone: str, task: Any) -> Resona:
@@ -177,27 +170,24 @@ def train(name: str, model: Resona, task: Any, args: argparse.Namespace) -> floa
     """Train on the same batches as every other model of this seed -> seconds. Goes on from a saved state."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=DECAY)
     rng, path = np.random.default_rng([args.seed, 0]), args.out / f"{name}.train.pt"
-    flags = {"task": args.task, "model": name, "config": str(model.config), "steps": task.steps, "lr": task.lr[name],
-             "seed": args.seed, "processes": WORLD}
-    resume = args.resume and path.exists()
-    losses, seconds = restore(path, flags, model, optimizer, rng) if resume else ([], 0.0)
+    run = f"{args.task}, {task.steps} steps, lr {task.lr[name]}, seed {args.seed}, {WORLD} process(es), {model.config}"
+    losses, seconds = restore(path, run, model, optimizer, rng) if args.resume and path.exists() else ([], 0.0)
     shared = DistributedDataParallel(model) if WORLD > 1 else model
-    with tqdm(total=task.steps, initial=len(losses), desc=f"{name:<11}", ncols=100, disable=RANK > 0) as bar:
-        for step in range(len(losses), task.steps):
-            start = time.perf_counter()
-            lr = task.lr[name] * min((step + 1) / WARMUP, 1 - step / task.steps)
-            inputs, targets = (torch.as_tensor(x, device=args.device) for x in task.batch(rng))
-            loss, accuracy = train_step(shared, optimizer, lr, inputs, targets)
-            if math.isnan(loss):
-                raise UserError(f"{name} diverged at step {step + 1}; its last save is {path}; try a lower --lr")
-            losses.append(loss)
-            seconds += time.perf_counter() - start
-            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}", refresh=False)
-            bar.update()
-            if (step + 1) % args.save_every == 0 or step + 1 == task.steps:
-                state = {"flags": flags, "losses": losses, "seconds": seconds, "rng": rng.bit_generator.state,
-                         "weights": model.state_dict(), "optimizer": optimizer.state_dict()}
-                write(path, partial(torch.save, state))
+    start, done = time.perf_counter() - seconds, len(losses)
+    bar = tqdm(range(done, task.steps), name, task.steps, initial=done, ncols=100, unit="step", disable=RANK > 0)
+    for step in bar:
+        lr = task.lr[name] * min((step + 1) / WARMUP, 1 - step / task.steps)
+        inputs, targets = (torch.as_tensor(x, device=args.device) for x in task.batch(rng))
+        loss, accuracy = train_step(shared, optimizer, lr, inputs, targets)
+        if math.isnan(loss):
+            raise UserError(f"{name} diverged at step {step + 1}; its last save is {path}; try a lower --lr")
+        losses.append(loss)
+        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == task.steps:
+            seconds = time.perf_counter() - start
+            state = {"run": run, "losses": losses, "seconds": seconds, "rng": rng.bit_generator.state,
+                     "weights": model.state_dict(), "optimizer": optimizer.state_dict()}
+            write(path, partial(torch.save, state))
     write(args.out / f"{name}.pt", model.save)
     return seconds
 
@@ -205,10 +195,7 @@ def train(name: str, model: Resona, task: Any, args: argparse.Namespace) -> floa
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, inputs: Tensor,
                targets: Tensor) -> tuple[float, float]:
     """One update -> loss and accuracy before it, over the scored tokens; no update, and NaN, if it is not finite.
-
-    Of several processes each takes its rows of the batch; their gradients are averaged, so each loss is multiplied
-    by their number.
-    """
+    Of several processes each takes its rows of the batch. Their gradients are averaged, hence loss * WORLD."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     scored = (targets != IGNORE).sum()  # in the whole batch
@@ -228,33 +215,31 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, in
     return loss, accuracy
 
 
-def write(path: Path, how: Callable[[Path], Any]) -> None:
+def write(path: Path, how: Callable[[io.BytesIO], Any]) -> None:
     """Write a new file beside path, flush it to the disk, then rename: whenever we are killed, path is whole."""
     if RANK:
         return
-    new = path.with_name(path.name + ".new")
-    try:
-        how(new)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-        raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]:.100}") from error
+    data, new = io.BytesIO(), path.with_name(path.name + ".new")
+    how(data)
+    with open(new, "wb") as file:
+        file.write(data.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
 
 
-def restore(path: Path, flags: dict, model: Resona, optimizer: torch.optim.Optimizer, rng: Rng) -> tuple:
-    """Put back what train wrote with the same flags -> losses of all steps done, seconds. Runs no code in the file."""
+def restore(path: Path, run: str, model: Resona, optimizer: torch.optim.Optimizer, rng: Rng) -> tuple:
+    """Put back what train wrote in the same run -> losses of all steps done, seconds. Runs no code in the file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        for flag, now in flags.items():
-            if saved["flags"][flag] != now:
-                raise ValueError(f"it was trained with {flag} {saved['flags'][flag]}, now it is {now}")
+        if saved["run"] != run:
+            raise ValueError(f"it is of another run: {saved['run']}; this one: {run}")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         rng.bit_generator.state = saved["rng"]
         return saved["losses"], saved["seconds"]
     except Exception as error:
-        raise UserError(f"--resume cannot use {path}: {type(error).__name__}: {str(error):.150}") from error
+        raise UserError(f"--resume cannot use {path}: {type(error).__name__}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -274,41 +259,34 @@ def compare(args: argparse.Namespace, task: Any, models: tuple[str, ...]) -> Non
     """Train and test the models, Resona with more chunks, too; write results.json, print the table."""
     report: dict = {"task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,
                     "train_seconds": {}, "parameters": {}, "results": {}}
-    trained, tests = {}, {}
+    tests = {which: rows for length in sorted(task.lengths)
+             for which, rows in task.test(np.random.default_rng([args.seed, 1, length]), length).items()}
+    lines = ["", f"{'tokens right, by ' + task.unit:<40}" + "".join(f"{which:>10}" for which in tests)]
     for name in models:
         torch.manual_seed(args.seed)
-        trained[name] = make_model(name, args.backbone, task).to(args.device)
-        report["train_seconds"][name] = train(name, trained[name], task, args)
-        report["parameters"][name] = count(trained[name])
-    if RANK:  # the first process tests
-        return
-    for length in sorted(task.lengths):
-        tests.update(task.test(np.random.default_rng([args.seed, 1, length]), length))
-    lines = [f"{'tests: ' + task.unit:<34}" + "".join(f"{which:>10}" for which in tests)]
-    for name in models:
+        model = make_model(name, args.backbone, task).to(args.device)
+        report["train_seconds"][name], report["parameters"][name] = train(name, model, task, args), count(model)
         for top_k in [None, task.test_top_k] if name == "resona" and task.test_top_k else [None]:
-            bar = tqdm(tests.items(), desc=f"{name:<11}", ncols=100, unit="test")
-            scores = {which: evaluate(trained[name], rows, args.device, top_k) for which, rows in bar}
+            label = f"{name}, k = {top_k}" if top_k else name
+            bar = tqdm(tests.items(), f"  {label}", ncols=100, unit="test", disable=RANK > 0)
+            scores = {which: evaluate(model, rows, args.device, top_k) for which, rows in bar}
             if top_k:
                 report["resona_at_training_top_k"] = report["results"][name]
             report["results"][name] = scores
-            size = f"  {report['parameters'][name]:,} parameters"
-            for left, score in ((f"{name}, k = {top_k}" if top_k else name, "token"), (size, "sequence")):
-                cells = "".join(f"{one[score + '_accuracy']:>10.3f}" for one in scores.values())
-                lines.append(f"{left:<24}{score:<10}{cells}")
-    write(args.out / "results.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-    print("", *lines, "", f"written to {args.out}", sep="\n")
+            cells = "".join(f"{one['token_accuracy']:>10.3f}" for one in scores.values())
+            lines.append(f"{label:<20}{count(model):>9,} parameters{cells}")
+    write(args.out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
+    if RANK == 0:
+        print(*lines, "", f"written to {args.out}", sep="\n")
 
 
 # -------------------------------------------------------------------------------------------- command line
 def make_parser(tasks: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    add, recurrent = parser.add_argument, [name for name in BACKBONES if name not in (*MODELS, "nope")]
     add("--task", choices=tasks, default="copy", help="what to learn (default: copy)")
-    add("--model", choices=[*MODELS, "nope", "all"], default="all", help="nope: a Transformer without positions; "
-        "all: the first three (default: all)")
-    add("--backbone", choices=[name for name in BACKBONES if name not in (*MODELS, "nope")], default="gated",
-        help="the recurrence, with and without retrieval (default: gated)")
+    add("--model", choices=[*MODELS, "nope", "all"], default="all", help="nope: a Transformer without positions")
+    add("--backbone", choices=recurrent, default="gated", help="the recurrence (default: gated)")
     add("--steps", type=int, help="of each model's training (default: the task's own)")
     add("--lr", type=float, help="peak learning rate (default: the task's own, for each model)")
     add("--seed", type=int, default=0, help="of weights and data (default: 0)")
@@ -322,34 +300,31 @@ def make_parser(tasks: list[str]) -> argparse.ArgumentParser:
 
 def prepare(args: argparse.Namespace, task: Any) -> None:
     """Put the flags into the task; see that they, the device and the folder are good, before any work."""
-    task.steps, task.lengths = args.steps or task.steps, args.lengths or task.lengths
-    task.lr = dict.fromkeys(task.lr, args.lr) if args.lr else task.lr
-    for flag, least in (("steps", 1), ("lr", 1e-9), ("seed", 0), ("save_every", 1)):
-        value = getattr(args, flag)
-        if value is not None and not least <= value < 2**32:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
-    if min(task.lengths) < 1:
-        raise UserError(f"--lengths must be at least 1, got {min(task.lengths)}")
+    task.lengths, task.steps = args.lengths or task.lengths, task.steps if args.steps is None else args.steps
+    task.lr = task.lr if args.lr is None else dict.fromkeys(task.lr, args.lr)
+    for flag, value, least in (("steps", task.steps, 1), ("lr", min(task.lr.values()), 1e-9), ("seed", args.seed, 0),
+                               ("lengths", min(task.lengths), 1), ("save-every", args.save_every, 1)):
+        if not least <= value < 2**32:
+            raise UserError(f"--{flag} must be at least {least}, got {value}")
+    args.out.mkdir(parents=True, exist_ok=True)
     try:
         if WORLD > 1:  # on a GPU of its own each, or on the CPU
             args.device = f"cuda:{RANK}" if args.device.startswith("cuda") else args.device
             distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         torch.zeros(1, device=args.device).item()
-        args.out.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # torch has many
-        raise UserError(f"--device {args.device} or --out {args.out}: {str(error).splitlines()[0]:.100}") from error
+        raise UserError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]:.100}") from error
 
 
 def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
     args = make_parser([*TASKS]).parse_args(argv)
-    task = TASKS[args.task]()
     try:
-        prepare(args, task)
+        prepare(args, task := TASKS[args.task]())
         print(f"on {args.device}, {torch.get_num_threads()} threads, {WORLD} process(es), torch {torch.__version__}")
         compare(args, task, MODELS if args.model == "all" else (args.model,))
         return 0
-    except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
