@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ class Resona(nn.Module):
                  generator: torch.Generator | None = None, top_k: int | None = None) -> Tensor:
         """tokens: (B, L) -> (B, L + max_new_tokens), the prompt and its continuation: the likeliest tokens or, with
         a temperature, draws from softmax(logits / temperature). Each costs a step; the prompt is read once."""
-        check_generate(self, tokens, max_new_tokens, temperature, top_k)
+        check_generate(max_new_tokens, temperature)
         out, state = [tokens], None
         for _ in range(max_new_tokens):
             logits, state = self(out[-1], state, top_k)
@@ -349,6 +349,8 @@ from dataclasses import asdict, fields
 from functools import wraps
 from pathlib import Path
 
+from torch.utils._pytree import tree_map_only
+
 import kernels
 
 
@@ -484,8 +486,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, log_p, index):
         ctx.save_for_backward(q, k, v, log_p, index)
         r = torch.empty_like(q)
-        for t in _Attend.blocks(q, k, index):
-            w, _, values, _ = _Attend.weights(q, k, v, log_p, index, t)
+        for t, w, _, values, _ in _attend_blocks(q, k, v, log_p, index):
             r[:, t] = torch.einsum("blkuh,blkuhe->blhe", w, values)
         return r
 
@@ -494,43 +495,39 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, dr):
         q, k, v, log_p, index = ctx.saved_tensors
         dq, dk, dv, dlog_p = (torch.zeros_like(x) for x in (q, k.flatten(0, 1), v.flatten(0, 1), log_p))
-        for t in _Attend.blocks(q, k, index):
-            w, keys, values, rows = _Attend.weights(q, k, v, log_p, index, t)
+        scale = 1 / math.sqrt(q.shape[-1])
+        for t, w, keys, values, rows in _attend_blocks(q, k, v, log_p, index):
             dw = torch.einsum("blhe,blkuhe->blkuh", dr[:, t], values)
             dlogit = w * (dw - (w * dw).sum((2, 3), keepdim=True))
-            dq[:, t] = torch.einsum("blkuh,blkuhe->blhe", dlogit, keys) / math.sqrt(q.shape[-1])
+            dq[:, t] = torch.einsum("blkuh,blkuhe->blhe", dlogit, keys) * scale
             dlog_p[:, t] = dlogit.sum((3, 4))
-            q_t = q[:, t, None, None] / math.sqrt(q.shape[-1])  # (B, L, 1, 1, H, E)
-            dk.index_add_(0, rows.flatten(), (dlogit.unsqueeze(-1) * q_t).flatten(0, 2))
+            dk.index_add_(0, rows.flatten(), ((dlogit * scale).unsqueeze(-1) * q[:, t, None, None]).flatten(0, 2))
             dv.index_add_(0, rows.flatten(), (w.unsqueeze(-1) * dr[:, t, None, None]).flatten(0, 2))
         return dq, dk.view_as(k), dv.view_as(v), dlog_p, None
 
-    @staticmethod
-    def blocks(q, k, index):
-        """Slices of queries that gather about a million numbers of keys."""
-        size = max(1, 2**20 // (index.shape[2] * k[:, :1].numel()))
-        return [slice(t, t + size) for t in range(0, q.shape[1], size)]
 
-    @staticmethod
-    def weights(q, k, v, log_p, index, t):
-        """Of the queries t: weights (B, L, K, U, H), keys and values (B, L, K, U, H, E), and their chunks' rows."""
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, index: Tensor) -> Iterator[tuple]:
+    """Queries that gather about a million numbers of keys at a time: which (a slice), their weights (B, L, K, U, H), the
+    gathered keys and values (B, L, K, U, H, E), and the chunks' rows in a table of all."""
+    size = max(1, 2**20 // (index.shape[2] * k[:, :1].numel()))
+    for start in range(0, q.shape[1], size):
+        t = slice(start, start + size)
         rows = _rows(index[:, t], k.shape[1])  # (B, L, K)
         keys, values = k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]
         logit = torch.einsum("blhe,blkuhe->blkuh", q[:, t], keys) / math.sqrt(q.shape[-1])
         logit = logit + log_p[:, t, :, None, None]
-        return logit.flatten(2, 3).softmax(2).view_as(logit), keys, values, rows
+        yield t, logit.flatten(2, 3).softmax(2).view_as(logit), keys, values, rows
 
 
-# 4. The inverted file (IVF, as FAISS has it): similar chunks stand in one of n_list lists, each with a centroid, the
-#    direction of its mean key. A query scores the centroids, and then only the chunks in the n_probe lists of
-#    the best. Three things keep it causal, and indifferent to how a text is cut into calls:
+# 4. The inverted file (IVF, as in FAISS): similar chunks stand in one of n_list lists, each with a centroid, the
+#    direction of its mean key. A query scores the centroids, and then only the chunks in the n_probe lists of the
+#    best. It stays causal, and indifferent to how a text is cut into calls, as
 #      * the centroids come from the first SAMPLE·n_list chunks; a query that sees no more searches exactly;
-#      * a chunk joins its list when it is finished, and stays there;
-#      * equal keys join equal lists: similarity is computed in float64 and rounded, so that a product over other
-#        rows, which adds up in another order, gives the same.
-#    And one thing makes it find what is rare. A chunk that is like no centroid is hidden in whichever list it
-#    joins, and is just what one looks for. So outliers, less like their centroid than all but one in OUTLIERS of
-#    the sample, have a list of their own, the last, which every query probes.
+#      * a chunk joins its list when it is finished, and stays there; equal keys join equal lists, as similarity is
+#        computed in float64 and rounded: a product of other rows, which adds up in another order, gives the same.
+#    A chunk that is like no centroid would be lost in whichever list it joins, and is just what one looks for. So
+#    outliers, less like their centroid than all but one in OUTLIERS of the first chunks, have a list of their own,
+#    the last, and every query probes it.
 
 SAMPLE = 16  # chunks per list, from which the centroids are found
 OUTLIERS = 1024
@@ -552,59 +549,52 @@ def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists:
         sample = c[:, :SAMPLE * n_list]
         centroids = sample[:, ::SAMPLE]
         for _ in range(8):  # rounds of k-means on the sphere
-            member = F.one_hot(_nearest(sample, centroids)[1], n_list).to(c.dtype)  # (B, SAMPLE·n_list, n_list)
+            member = F.one_hot(_nearest(sample, centroids)[1][..., 0], n_list).to(c.dtype)  # (B, SAMPLE·n_list, n_list)
             centroids = F.normalize(member.mT @ sample, dim=-1)
-        ranked = _nearest(sample, centroids)[0].sort(dim=-1).values
-        known = Lists(centroids, ranked[:, sample.shape[1] // OUTLIERS, None], nobody)
-    similarity, member = _nearest(c[:, known.member.shape[1]:], known.centroids)
+        ranked = _nearest(sample, centroids)[0].sort(dim=1).values  # (B, SAMPLE·n_list, 1)
+        known = Lists(centroids, ranked[:, sample.shape[1] // OUTLIERS], nobody)
+    similarity, member = (x.squeeze(-1) for x in _nearest(c[:, known.member.shape[1]:], known.centroids))
     member = member.masked_fill(similarity < known.least, n_list)
     return known._replace(member=torch.cat([known.member, member], dim=1))
 
 
-def _similarity(x: Tensor, centroids: Tensor) -> Tensor:
-    exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    return (x.to(exact) @ centroids.to(exact).mT).float()
-
-
-def _nearest(c: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, M, S), (B, n_list, S) -> the largest similarity and its centroid: (B, M), in blocks that fit the memory."""
-    block = max(1, 2**22 // centroids[..., 0].numel())
-    parts = [_similarity(x, centroids).max(dim=-1) for x in c.split(block, dim=1)]
-    return torch.cat([part.values for part in parts], 1), torch.cat([part.indices for part in parts], 1)
+def _nearest(x: Tensor, centroids: Tensor, n: int = 1) -> tuple[Tensor, Tensor]:
+    """x: (B, L, S), centroids: (B, n_list, S) -> similarity and number of the n most similar ones: (B, L, n)."""
+    blocks = x.float().split(max(1, 2**22 // centroids[..., 0].numel()), dim=1)  # that fit the memory
+    best = [(block.double() @ centroids.double().mT).float().topk(n) for block in blocks]
+    return torch.cat([one.values for one in best], dim=1), torch.cat([one.indices for one in best], dim=1)
 
 
 def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, lists: Lists,
                n_probe: int) -> tuple[Tensor, Tensor]:
     """search_naive among the chunks of the n_probe lists whose centroids are most similar, and the outliers."""
     check_search(q, c, top_k, chunk_size, offset)
-    wide, n_list = torch.promote_types(q.dtype, torch.float32), lists.centroids.shape[1]
+    wide, L, n_list = torch.promote_types(q.dtype, torch.float32), q.shape[1], lists.centroids.shape[1]
     q, c = q.to(wide), c.to(wide)
-    exact = max(0, SAMPLE * n_list * chunk_size - offset) if n_list else q.shape[1]  # queries that see too few
+    few = min(L, max(0, SAMPLE * n_list * chunk_size - offset)) if n_list else L  # queries that see too few chunks
     with torch.no_grad():
-        index = search_parallel(q[:, :exact], c[:, :SAMPLE * n_list or None], top_k, chunk_size, offset)[1]
-        late = [_probe(q[i, exact:], c[i], top_k, chunk_size, offset + exact, lists.centroids[i], lists.member[i],
-                       n_probe) for i in range(len(q) if exact < q.shape[1] else 0)]
-        index = torch.cat([index, torch.stack(late)], dim=1) if late else index
+        index = torch.full((len(q), L, top_k), -1, device=q.device)
+        if few:
+            index[:, :few] = search_parallel(q[:, :few], c[:, :SAMPLE * n_list or None], top_k, chunk_size, offset)[1]
+        if few < L:
+            probed = F.pad(_nearest(q[:, few:], lists.centroids, min(n_probe, n_list))[1], (0, 1), value=n_list)
+            for i in range(len(q)):
+                index[i, few:] = _probe(q[i, few:], c[i], top_k, chunk_size, offset + few, probed[i], lists.member[i])
     return _scores(q, c, index), index
 
 
-def _probe(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, centroids: Tensor, member: Tensor,
-           n_probe: int) -> Tensor:
-    """q: (L, S), c: (M, S) -> index: (L, top_k), list by list: all queries that probe a list meet its chunks in one
-    matrix product. Each pair of a query and a list keeps its best; of these the query keeps the best."""
-    (L, _), n_list = q.shape, len(centroids)
-    probed = _similarity(q.float(), centroids).topk(min(n_probe, n_list)).indices
-    probed = F.pad(probed, (0, 1), value=n_list)  # (L, P), the outliers last
-    value = q.new_full((probed.numel(), top_k), -math.inf)  # a row for each pair
+def _probe(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, probed: Tensor, member: Tensor) -> Tensor:
+    """q: (L, S), c: (M, S), probed: (L, P) lists -> index: (L, top_k), list by list: all queries that probe a list meet
+    its chunks in one matrix product. Each pair of a query and a list keeps its best; of these the query keeps the best."""
+    (L, P), n_list = probed.shape, int(probed.max())
+    value = q.new_full((L * P, top_k), -math.inf)  # a row for each pair
     index = torch.full(value.shape, -1, device=q.device)
-    pairs = probed.flatten().argsort().split(probed.flatten().bincount(minlength=n_list + 1).tolist())
-    chunks = member.argsort(stable=True).split(member.bincount(minlength=n_list + 1).tolist())
+    pairs, chunks = (x.argsort(stable=True).split(x.bincount(minlength=n_list + 1).tolist())
+                     for x in (probed.flatten(), member))
     for pair, chunk in zip(pairs, chunks):
-        keys = c[chunk]
         for pair in pair.split(max(1, 2**22 // len(chunk))) if len(chunk) else ():
-            t = pair // probed.shape[1]
-            hidden = (chunk + 1) * chunk_size > (offset + t).unsqueeze(1)
-            best, at = (q[t] @ keys.mT).masked_fill_(hidden, -math.inf).topk(min(top_k, len(chunk)))
+            hidden = (chunk + 1) * chunk_size > (offset + pair // P).unsqueeze(1)
+            best, at = (q[pair // P] @ c[chunk].mT).masked_fill_(hidden, -math.inf).topk(min(top_k, len(chunk)))
             value[pair, :best.shape[1]], index[pair, :best.shape[1]] = best, chunk[at]
     best, at = value.view(L, -1).topk(top_k)
     return index.view(L, -1).gather(1, at).masked_fill_(best == -math.inf, -1)
@@ -639,8 +629,7 @@ def _switch(naive: Callable, parallel: Callable, kernel: Callable | None = None)
     """A function that runs the version IMPLEMENTATION asks for."""
     @wraps(naive)
     def run(x: Tensor, *args, **options):
-        if IMPLEMENTATION not in ("auto", "naive", "parallel", "triton"):
-            raise ValueError(f"IMPLEMENTATION must be auto, naive, parallel or triton, got {IMPLEMENTATION!r}")
+        check(IMPLEMENTATION in ("auto", "naive", "parallel", "triton"), f"no IMPLEMENTATION {IMPLEMENTATION!r}")
         if kernel and (IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and kernels.runs(x)):
             try:
                 return kernel(x, *args, **options)
@@ -668,10 +657,9 @@ def inspect(self: Resona, tokens: Tensor, top_k: int | None = None) -> list[dict
 
 def save(self: Resona, path: str | Path) -> None:
     """Write weights and config to one file."""
-    if callable(self.config.backbone):
-        raise ValueError("a model with a callable backbone cannot be saved: give it a name, "
-                         "BACKBONES['mine'] = ..., and use backbone='mine'")
-    torch.save({"format": "resona-2", "config": asdict(self.config), "weights": self.state_dict()}, path)
+    check(not callable(self.config.backbone), "a model with a callable backbone cannot be saved: give it a name, "
+          "BACKBONES['mine'] = ..., and use backbone='mine'")
+    torch.save({"config": asdict(self.config), "weights": self.state_dict()}, path)
 
 
 def load(cls: type, path: str | Path, device: str | torch.device = "cpu", **changes) -> Resona:
@@ -681,8 +669,6 @@ def load(cls: type, path: str | Path, device: str | torch.device = "cpu", **chan
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-        if data["format"] != "resona-2":
-            raise ValueError(f"format {data['format']!r}, expected 'resona-2'")
         model = cls(ResonaConfig(**{**data["config"], **changes}))
         model.load_state_dict(data["weights"], assign=True)
     except Exception as error:
@@ -693,13 +679,7 @@ def load(cls: type, path: str | Path, device: str | torch.device = "cpu", **chan
 
 def detach(self: State) -> State:
     """The same without its graph, to train on a long text piece by piece."""
-    def cut(x):
-        if isinstance(x, (tuple, list)):
-            return type(x)(*map(cut, x)) if hasattr(x, "_fields") else type(x)(map(cut, x))
-        if isinstance(x, dict):
-            return {key: cut(value) for key, value in x.items()}
-        return x.detach() if isinstance(x, Tensor) else x
-    return self._replace(layers=cut(self.layers))
+    return self._replace(layers=tree_map_only(Tensor, Tensor.detach, self.layers))
 
 
 Resona.inspect, Resona.save, Resona.load, State.detach = inspect, save, classmethod(load), detach
@@ -707,81 +687,73 @@ Resona.inspect, Resona.save, Resona.load, State.detach = inspect, save, classmet
 
 # 7. Checks, where the public enters: one line that names what, which value, and what is allowed.
 
-def check_config(config: ResonaConfig) -> None:
-    for field in fields(config):
+def check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def check_int(name: str, value: Any, least: int = 1) -> None:
+    check(type(value) is int and value >= least, f"{name} must be an integer of at least {least}, got {value!r:.60}")
+
+
+def check_config(c: ResonaConfig) -> None:
+    for field in fields(c):
         if field.type == "int":  # a string: annotations are not evaluated in this file
-            check_positive(field.name, getattr(config, field.name))
-    if config.d_model % config.n_head:
-        raise ValueError(f"d_model must be divisible by n_head, got {config.d_model} and {config.n_head}")
-    if not callable(config.backbone) and config.backbone not in [*BACKBONES]:
-        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, or a callable d_model -> nn.Module, "
-                         f"got {config.backbone!r}")
-    if config.search not in [*BRANCHES]:
-        raise ValueError(f"search must be one of {', '.join(BRANCHES)}, got {config.search!r}")
-    listed = isinstance(config.retrieval, (list, tuple)) and all(
-        type(layer) is int and 0 <= layer < config.n_layer for layer in config.retrieval)
-    if not (listed or isinstance(config.retrieval, bool)):
-        raise ValueError(f"retrieval must be True, False or a list of layers in 0..{config.n_layer - 1}, "
-                         f"got {config.retrieval!r}")
-
-
-def check_positive(name: str, value: Any, least: int = 1) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r:.60}")
+            check_int(field.name, getattr(c, field.name))
+    check(c.d_model % c.n_head == 0, f"d_model must be divisible by n_head, got {c.d_model} and {c.n_head}")
+    check(callable(c.backbone) or c.backbone in [*BACKBONES], f"backbone must be one of {', '.join(BACKBONES)}, "
+          f"or a callable d_model -> nn.Module, got {c.backbone!r}")
+    check(c.search in [*BRANCHES], f"search must be one of {', '.join(BRANCHES)}, got {c.search!r}")
+    check(isinstance(c.retrieval, bool) or isinstance(c.retrieval, (list, tuple)) and all(
+        type(layer) is int and 0 <= layer < c.n_layer for layer in c.retrieval),
+        f"retrieval must be True, False or a list of layers in 0..{c.n_layer - 1}, got {c.retrieval!r}")
 
 
 def check_call(model: Resona, tokens: Tensor, state: State | None, top_k: int | None) -> None:
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel():
-        raise ValueError("tokens must be an int64 tensor of shape (B, L) with B >= 1 and L >= 1, "
-                         f"got {getattr(tokens, 'dtype', type(tokens))} of shape {[*getattr(tokens, 'shape', [])]}")
+    good = isinstance(tokens, Tensor) and tokens.dtype == torch.int64 and tokens.ndim == 2 and tokens.numel() > 0
+    check(good, "tokens must be an int64 tensor of shape (B, L) with B >= 1 and L >= 1, got "
+          f"{getattr(tokens, 'dtype', type(tokens))} of shape {[*getattr(tokens, 'shape', [])]}")
     if not torch.compiler.is_compiling():  # a branch on data would break the compiled graph
-        low, high = tokens.aminmax()
-        if low < 0 or high >= model.config.vocab_size:
-            raise ValueError(f"tokens must lie in 0..{model.config.vocab_size - 1}, got {low}..{high}")
+        (low, high), V = tokens.aminmax(), model.config.vocab_size
+        check(low >= 0 and high < V, f"tokens must lie in 0..{V - 1}, got {low}..{high}")
     if top_k is not None:
-        check_positive("top_k", top_k)
-    if state is None:
-        return
-    if not isinstance(state, State):
-        raise ValueError(f"state must be what an earlier call of this model returned, got {type(state)}")
-    for name, theirs in vars(state.config).items():
-        if theirs != getattr(model.config, name) and name != "top_k":
-            raise ValueError(f"state is of a model with {name}={theirs!r}, not {getattr(model.config, name)!r}")
-    conv, weight = state.layers[0][0], model.embedding.weight  # (B, W - 1, D)
-    if (len(conv), conv.dtype, conv.device) != (len(tokens), weight.dtype, weight.device):
-        raise ValueError(f"state is of batch size {len(conv)}, {conv.dtype} on {conv.device}; this call is of "
-                         f"batch size {len(tokens)}, {weight.dtype} on {weight.device}")
+        check_int("top_k", top_k)
+    if state is not None:
+        check(isinstance(state, State), f"state must be what an earlier call returned, got {type(state)}")
+        for name, theirs in vars(state.config).items():
+            ours = getattr(model.config, name)
+            check(theirs == ours or name == "top_k", f"state is of a model with {name}={theirs!r}, not {ours!r}")
+        conv, weight = state.layers[0][0], model.embedding.weight  # (B, W - 1, D)
+        theirs, ours = ((len(x), like.dtype, like.device) for x, like in ((conv, conv), (tokens, weight)))
+        check(theirs == ours, f"state has batch size, dtype and device {theirs}, this call {ours}")
 
 
-def check_generate(model: Resona, tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
-    check_call(model, tokens, None, top_k)
-    check_positive("max_new_tokens", max_new_tokens, least=0)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
+def check_generate(max_new_tokens: int, temperature: float) -> None:
+    check_int("max_new_tokens", max_new_tokens, least=0)
+    check(0 <= temperature < math.inf, f"temperature must be at least 0 and finite, got {temperature!r}")
 
 
 def check_branch(z: Tensor, u: Tensor, y: Tensor) -> None:
-    if z.ndim != 3 or not z.shape == u.shape == y.shape:
-        raise ValueError("z, u and the backbone's output y must share one shape (B, L, D), "
-                         f"got {[*z.shape]}, {[*u.shape]} and {[*y.shape]}")
-
-
-def check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
-    check_kind(a, b, *([] if h0 is None else [h0]))
-    if a.ndim != 3 or a.shape != b.shape or a.shape[1] < 1 or (h0 is not None and h0.shape != b[:, 0].shape):
-        raise ValueError("a and b must share one shape (B, L, D) with L >= 1, and h0 have (B, D), "
-                         f"got {[*a.shape]}, {[*b.shape]} and {h0 if h0 is None else [*h0.shape]}")
-
-
-def check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> None:
-    check_kind(q, c)
-    if q.ndim != 3 or c.ndim != 3 or q.shape[0] != c.shape[0] or q.shape[2] != c.shape[2]:
-        raise ValueError(f"q and c must have shapes (B, L, S) and (B, M, S), got {[*q.shape]} and {[*c.shape]}")
-    for name, value, least in (("top_k", top_k, 1), ("chunk_size", chunk_size, 1), ("offset", offset, 0)):
-        check_positive(name, value, least)
+    check(z.ndim == 3 and z.shape == u.shape == y.shape, "z, u and the backbone's output y must share one shape "
+          f"(B, L, D), got {[*z.shape]}, {[*u.shape]} and {[*y.shape]}")
 
 
 def check_kind(*tensors: Tensor) -> None:
     kinds = {f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in tensors}
-    if len(kinds) > 1 or not all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors):
-        raise ValueError(f"tensors must share one floating dtype and one device, got {' and '.join(sorted(kinds))}")
+    check(len(kinds) == 1 and isinstance(tensors[0], Tensor) and tensors[0].is_floating_point(),
+          f"tensors must share one floating dtype and one device, got {' and '.join(sorted(kinds))}")
+
+
+def check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
+    check_kind(a, b, *([] if h0 is None else [h0]))
+    check(a.ndim == 3 and a.shape == b.shape and a.shape[1] > 0 and (h0 is None or h0.shape == b[:, 0].shape),
+          "a and b must share one shape (B, L, D) with L >= 1, and h0 have (B, D), "
+          f"got {[*a.shape]}, {[*b.shape]} and {h0 if h0 is None else [*h0.shape]}")
+
+
+def check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> None:
+    check_kind(q, c)
+    check(q.ndim == c.ndim == 3 and q.shape[0] == c.shape[0] and q.shape[2] == c.shape[2],
+          f"q and c must have shapes (B, L, S) and (B, M, S), got {[*q.shape]} and {[*c.shape]}")
+    for name, value, least in (("top_k", top_k, 1), ("chunk_size", chunk_size, 1), ("offset", offset, 0)):
+        check_int(name, value, least)
