@@ -3,15 +3,14 @@
     scan(a, b, h0=None)                           the same as resona.scan_naive, with gradients
     search(q, c, top_k, chunk_size, offset=0)     the same as resona.search_naive, with gradients
 
-The scan does two operations for every number it moves, so memory is its only limit: at best it reads each input and
-writes each output once (12 bytes an element in float32 forward, 20 backward). Where rows are too few to fill the GPU
-it cuts the sequence into chunks, whose inputs it reads twice (20 and 28 bytes). The product of a over a chunk must fit
-float32, as it does with |a| <= 1; resona.scan_parallel has no such limit. The search would write and read
-again a score for each pair of query and chunk; fused with the top-k it writes none of them.
+The scan does two operations for every number it moves, so memory is its only limit: at best it reads each input
+and writes each output once (12 bytes an element in float32 forward, 20 backward). Where rows are too few to fill
+the GPU it cuts the sequence into chunks, whose inputs it reads twice (20 and 28 bytes). The product of a over a
+chunk must fit float32, as it does with |a| <= 1; resona.scan_parallel has no such limit. The search would write
+and read again a score for each pair of query and chunk; fused with the top-k it writes none of them.
 
-This file knows nothing of resona.py, and importing it needs neither Triton nor a GPU. Where a kernel cannot run (no
-Triton, a tensor on the CPU, float64, a search too large for the chip) it raises NotImplementedError; resona.py then
-takes the PyTorch twin.
+Importing this file needs neither Triton nor a GPU. Where a kernel cannot run (no Triton, a tensor on the CPU,
+float64, a search too large for the chip) it raises NotImplementedError, and resona.py takes the PyTorch twin.
 """
 
 from __future__ import annotations
@@ -49,10 +48,9 @@ def _check(*tensors: Tensor) -> None:
     kinds = list(dict.fromkeys(f"{x.dtype} on {x.device}" for x in tensors))
     if len(kinds) > 1:
         raise ValueError(f"all tensors must share one dtype and one device, got {' and '.join(kinds)}")
-    if not HAS_TRITON:
-        raise NotImplementedError("the kernels need Triton, which is not installed")
     if not runs(tensors[0]):
-        raise NotImplementedError(f"the kernels need float32, float16 or bfloat16 on a GPU, got {kinds[0]}")
+        missing = f"got {kinds[0]}" if HAS_TRITON else "there is no Triton"
+        raise NotImplementedError(f"kernels need Triton and a tensor of at most float32 on a GPU: {missing}")
 
 
 def _device_of(x: Tensor):
@@ -192,9 +190,8 @@ scan_op.register_autograd(_scan_backward, setup_context=_scan_setup)
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
-    """h[:, t] = a[:, t] * h[:, t-1] + b[:, t], as resona.scan_naive: a, b, h: (B, L, D), h0: (B, D), float32
-    carry, result in the dtype of b. Raises ValueError on what does not fit together, NotImplementedError on
-    what cannot run."""
+    """h[:, t] = a[:, t] * h[:, t-1] + b[:, t]: a, b, h: (B, L, D), h0: (B, D), the carry in float32. Raises
+    ValueError on tensors that do not fit together, NotImplementedError on those that cannot run here."""
     shapes = [tuple(x.shape) for x in (a, b, h0) if x is not None]
     if b.ndim != 3 or shapes != [b.shape, b.shape, b.shape[::2]][:len(shapes)]:
         raise ValueError(f"a and b must have one shape (B, L, D), and h0 (B, D), got {shapes}")
@@ -241,7 +238,7 @@ if HAS_TRITON:
             chunks = tl.load(c + c_at, mask=(m < M)[:, None] & (s < S)[None, :], other=0.0)
             score = tl.dot(queries, tl.trans(chunks), input_precision="ieee")
             score = tl.where(m[None, :] < ended[:, None], score, float("-inf"))
-            if tl.max((tl.max(score, axis=1) > score_of(worst)).to(tl.int32)) > 0:  # most tiles have nothing better
+            if tl.max((tl.max(score, axis=1) > score_of(worst)).to(tl.int32)) > 0:  # few tiles have better ones
                 key = pack(score, m[None, :])
                 candidate = tl.max(key, axis=1)
                 while tl.max((candidate > worst).to(tl.int32)) > 0:  # each query's best of the tile, one a round

@@ -1,0 +1,113 @@
+"""How much of the exact search's result the inverted file finds, and how fast, on a trained copying model.
+
+    python train_toy.py --model resona && python -m evidence.compare_search out/resona.pt
+
+The model reads a string and begins to copy it; the keys, and the last 2048 queries, are those of its layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import resona
+from evidence.run import PIECE
+from resona import Memory, Resona, Retrieval
+from train_toy import Copying, UserError, copy_string
+
+CHUNKS = (1024, 16384, 65536)
+TOP_K = 4
+QUERIES = 2048
+
+
+def load(path: Path, device: str) -> Resona:
+    try:
+        model = Resona.load(path, device, search="ivf")  # to read the string in; the exact search takes minutes
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+    if model.config.vocab_size != Copying.vocab_size or not any(layer.retrieval for layer in model.layers):
+        raise UserError(f"needs a Resona trained on copying, got {path}")
+    return model
+
+
+@torch.no_grad()
+def read_string(model: Resona, tokens: int, device: str) -> dict[int, tuple[Retrieval, Memory, Tensor]]:
+    """Read so many tokens of a string and its copy -> of each layer that searches: branch, memory, last queries."""
+    asked, hooks = {}, []
+    branches = {i: layer.retrieval for i, layer in enumerate(model.layers) if layer.retrieval}
+    for i, branch in branches.items():
+        hooks.append(branch.search_query.register_forward_pre_hook(
+            lambda module, inputs, i=i: asked.update({i: inputs[0]})))
+    string, state = copy_string(np.random.default_rng([0, tokens]), tokens * 2 // 3)[0], None
+    for piece in torch.as_tensor(string[None, :tokens], device=device).split(PIECE, dim=1):
+        _, state = model(piece, state)
+    for hook in hooks:
+        hook.remove()
+    return {i: (branch, state.layers[i][2], branch.scaled_query(asked[i][:, -QUERIES:]))
+            for i, branch in branches.items()}
+
+
+@torch.no_grad()
+def compare(branch: Retrieval, memory: Memory, q: Tensor, tokens: int) -> tuple[float, float, float, float]:
+    """-> share of the exact result that is found, share of the chunks and centroids that are scored, both times."""
+    sizes = (q, memory.c, TOP_K, branch.chunk_size, tokens - q.shape[1])
+    exact, exact_ms = timed(lambda: resona.search_parallel(*sizes)[1])
+    found, found_ms = timed(lambda: resona.search_ivf(*sizes, memory.lists, branch.n_probe)[1])
+    recall = (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean().item()
+    return recall, share_scored(branch, memory, q), exact_ms, found_ms
+
+
+def share_scored(branch: Retrieval, memory: Memory, q: Tensor) -> float:
+    centroids, _, member = memory.lists
+    n_list = centroids.shape[1]
+    if n_list == 0:  # too few chunks for lists: all are scored
+        return 1.0
+    probed = (q @ centroids.mT).topk(min(branch.n_probe, n_list)).indices[0]
+    sizes = member[0].bincount(minlength=n_list + 1)[F.pad(probed, (0, 1), value=n_list)]  # and the outliers
+    return (n_list + sizes.sum(1).float().mean().item()) / memory.c.shape[1]
+
+
+def timed(function: Callable) -> tuple[Any, float]:
+    """Its result, and the shortest of three times in ms."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = function()
+        if result.is_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return result, min(times)
+
+
+def main(argv: list[str]) -> int:
+    """Run with these flags -> exit status."""
+    parser = argparse.ArgumentParser("evidence.compare_search", description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="a checkpoint of Resona trained on copying")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    args = parser.parse_args(argv)
+    try:
+        model = load(args.model, args.device)
+    except UserError as error:
+        print(f"evidence.compare_search: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    config = model.config
+    print(f"{TOP_K} chunks for each of {QUERIES} queries; {config.n_list} lists, of which a query probes "
+          f"{config.n_probe}\n  chunks  layer  found of the exact   scored  exact ms    ivf ms")
+    for chunks in CHUNKS:
+        tokens = chunks * config.chunk_size
+        for i, read in read_string(model, tokens, args.device).items():
+            recall, scored, exact_ms, found_ms = compare(*read, tokens)
+            print(f"{chunks:>8}{i:>7}{recall:>20.3f}{scored:>9.3f}{exact_ms:>10.0f}{found_ms:>10.0f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

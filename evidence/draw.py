@@ -1,0 +1,125 @@
+"""The two pictures of the README, drawn from what was measured: python -m evidence.draw results.json [results.json ...]
+
+Writes evidence/pictures/architecture.png and, of the results.json files given (one or more seeds of copying, of all
+models), evidence/pictures/accuracy.png. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+PICTURES = Path(__file__).with_name("pictures")
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+plt.rcParams.update({"font.size": 11, "figure.dpi": 100, "figure.constrained_layout.use": True})
+
+
+def box(ax, x: float, y: float, text: str, colour: str, width: float = 1.5, height: float = 0.62) -> None:
+    ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, fc=colour, ec="none", alpha=0.25,
+                                boxstyle="round,pad=0.02,rounding_size=0.12"))
+    ax.text(x, y, text, ha="center", va="center")
+
+
+def arrow(ax, *points: tuple[float, float], text: str = "", colour: str = "black") -> None:
+    for start, end in zip(points[:-2], points[1:-1]):
+        ax.plot(*zip(start, end), color=colour, lw=1.4, solid_capstyle="round")
+    ax.add_patch(FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>", mutation_scale=13, shrinkA=0, shrinkB=0,
+                                 color=colour, lw=1.4))
+    if text:
+        (x0, y0), (x1, y1) = points[-2:]
+        ax.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.1, text, ha="center", va="bottom", color=colour, fontsize=10)
+
+
+def draw_layer(ax) -> None:
+    """The branch beside the recurrence."""
+    box(ax, 0.6, 3, "x", GREY, 0.6)
+    box(ax, 2.0, 3, "norm", GREY, 1.1)
+    box(ax, 4.2, 3, "short\nconvolution", GREY)
+    box(ax, 7.0, 3, "linear\nrecurrence", BLUE)
+    box(ax, 10.6, 3, "mix\n(1-α)·y + α·r", GREEN, 1.9)
+    box(ax, 4.2, 1.2, "remember\nchunks of U tokens", ORANGE, 2.1)
+    box(ax, 7.0, 1.2, "search\nthe best k", ORANGE)
+    box(ax, 9.2, 1.2, "attend\nto their tokens", ORANGE, 1.7)
+    arrow(ax, (0.9, 3), (1.43, 3))
+    arrow(ax, (2.56, 3), (3.43, 3), text="z")
+    arrow(ax, (4.96, 3), (6.23, 3), text="u")
+    arrow(ax, (7.77, 3), (9.63, 3), text="y")
+    arrow(ax, (11.57, 3), (12.3, 3))
+    arrow(ax, (2.95, 3), (2.95, 1.2), (3.13, 1.2))
+    arrow(ax, (5.5, 3), (5.5, 2.1), (4.6, 2.1), (4.6, 1.53))
+    ax.text(2.85, 1.9, "values", ha="right", fontsize=10)
+    ax.text(5.05, 2.17, "keys", ha="center", fontsize=10)
+    arrow(ax, (5.27, 1.2), (6.23, 1.2))
+    arrow(ax, (7.77, 1.2), (8.33, 1.2))
+    arrow(ax, (8.3, 3), (8.3, 2.2), (7.0, 2.2), (7.0, 1.53), colour=BLUE)
+    ax.text(7.65, 2.27, "the state asks", ha="center", color=BLUE, fontsize=10)
+    arrow(ax, (10.07, 1.2), (10.6, 1.2), (10.6, 2.67))
+    ax.text(10.7, 1.9, "r", fontsize=10)
+    ax.set(xlim=(0.2, 12.4), ylim=(0.7, 3.5))
+    ax.axis("off")
+
+
+def draw_strip(ax) -> None:
+    """What a token asks and finds: copying $cat|cat with chunks of two."""
+    text, U, asking = "$cat|ca", 2, 6
+    for p, letter in enumerate(text):
+        ax.add_patch(Rectangle((p, 0), 0.94, 0.8, fc=ORANGE if p // U == 1 else "white", ec=GREY, alpha=0.5))
+        ax.text(p + 0.47, 0.4, letter, ha="center", va="center", family="monospace", fontsize=15)
+    for m in range(len(text) // U):
+        ax.plot([m * U + 0.03, m * U + 1.9], [-0.12, -0.12], color=ORANGE if m == 1 else GREY, lw=3)
+        ax.text(m * U + 0.97, -0.2, f"chunk {m}", ha="center", va="top", fontsize=10)
+    ax.annotate("", (3.3, 0.85), (asking + 0.47, 0.85), arrowprops={
+        "arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.32", "color": BLUE, "lw": 1.4})
+    ax.text(4.9, 1.62, "I have read “ca”: where did something follow it?", ha="center", color=BLUE, fontsize=10)
+    notes = ("A token may open the chunks that ended before it. The key of “t”",
+             "describes what came before t: “ca”. Its value is t itself: so one",
+             "look-up says what comes next, an induction head in one layer.")
+    ax.text(7.6, 0.4, "\n".join(notes), va="center", fontsize=10.5)
+    ax.set(xlim=(-0.2, 14.2), ylim=(-0.65, 2.0))
+    ax.axis("off")
+
+
+def architecture() -> None:
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(10, 4.6), height_ratios=(1.75, 1))
+    draw_layer(top)
+    draw_strip(bottom)
+    figure.savefig(PICTURES / "architecture.png")
+
+
+def accuracy(files: list[str]) -> None:
+    """Share of tokens right by length: mean over the seeds, lines through them."""
+    curves: dict[str, list[dict]] = {}
+    for file in files:
+        report = json.loads(Path(file).read_text())
+        for name, scores in report["results"].items():
+            curves.setdefault("Resona, k = 16" if name == "resona" else name, []).append(scores)
+        if "resona_at_training_top_k" in report:
+            curves.setdefault("Resona, k = 4", []).append(report["resona_at_training_top_k"])
+    style = {"recurrence": ("recurrence alone", GREY, "s--"), "transformer": ("Transformer, rotary", RED, "v--"),
+             "nope": ("Transformer, no positions", GREEN, "d-."), "Resona, k = 4": ("Resona, k = 4", ORANGE, "o-"),
+             "Resona, k = 16": ("Resona, k = 16", BLUE, "o-")}
+    figure, ax = plt.subplots(figsize=(9, 3.6))
+    for name, (label, colour, line) in style.items():
+        if name in curves:
+            lengths = [int(n) for n in curves[name][0]]
+            means = [np.mean([one[str(n)]["token_accuracy"] for one in curves[name]]) for n in lengths]
+            ax.plot(lengths, means, line, color=colour, label=label)
+    ax.axvspan(28, 32, color="0.9")
+    ax.text(32.6, 0.02, "longest in\ntraining", fontsize=9.5, va="bottom")
+    ax.set_xscale("log", base=2)
+    ax.set(xticks=lengths, xticklabels=lengths, xlim=(28, lengths[-1] * 1.08), xlabel="length of the string, letters",
+           ylabel="share of tokens right")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(PICTURES / "accuracy.png")
+
+
+if __name__ == "__main__":
+    PICTURES.mkdir(exist_ok=True)
+    architecture()
+    if sys.argv[1:]:
+        accuracy(sys.argv[1:])

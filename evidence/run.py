@@ -1,0 +1,401 @@
+"""Compare the models of train_toy.py on ten further tasks, over seeds, learning rates and ablations.
+
+    python -m evidence.run --task mqar --seeds 3           # a task, mean and deviation over three seeds
+    python -m evidence.run --task all                      # every task, and one table of them
+    python -m evidence.run --task recall --sweep           # every model with every learning rate of SWEEP
+    python -m evidence.run --ablate                        # copying with one thing about Resona changed at a time
+    python -m evidence.run --task needle --model resona --lengths 1024 131072 1048576      # a long context
+    python -m evidence.run --task text --data my_book.txt  # your text instead of Python's documentation
+
+Flags and files are those of train_toy.py, which trains. Tests here tell more: bits, seconds, memory, and for
+copying the accuracy of what a model writes alone. Seeds, rates and ablations have folders of their own in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import train_toy
+from evidence.tasks import TASKS, check_lengths
+from resona import Resona, ResonaConfig, Retrieval
+from train_toy import IGNORE, MODELS, WORLD, Rows, UserError, count, make_model, prepare, train, write
+
+SWEEP = (1e-3, 3e-3, 1e-2, 3e-2)  # learning rates of --sweep
+PIECE = 32768                     # tokens that evaluation feeds at a time; the state carries the rest
+SHOWN = {"copy": ("token", "sequence", "generated"), "needle": ("token", "seconds", "GiB"), "text": ("token", "bits")}
+KEYS = {"token": "token_accuracy", "sequence": "sequence_accuracy", "generated": "generated_accuracy",
+        "bits": "bits_per_token", "seconds": "seconds", "GiB": "peak_gib"}
+
+Scores = "dict[str, dict[str, float]]"  # test -> score -> value; by model they stand under its label
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def evaluate(model: Resona, rows: Rows, device: str, top_k: int | None = None, free: bool = False) -> dict[str, float]:
+    """Token and sequence accuracy as in train_toy.evaluate, but of rows of any length, read in pieces; bits per
+    scored token. Generated, if free (rows must be a prompt and its answer): share of the tokens right when the
+    model reads its own output, where one mistake may lead to the next."""
+    start = time.perf_counter()
+    inputs, targets = (torch.as_tensor(x, device=device) for x in rows)
+    right, bits, written = [], 0.0, []
+    for x, y in zip(*(v.split(max(1, 16384 // inputs.shape[1])) for v in (inputs, targets))):
+        hits, lost = read(model, x, y, top_k)
+        right.append(hits)
+        bits += lost
+        if free:
+            prompt = int((y[0] != IGNORE).long().argmax()) + 1  # its last token predicts the first scored one
+            text = model.generate(x[:, :prompt], y.shape[1] - prompt + 1, top_k=top_k)
+            written.append(text[:, prompt:] == y[:, prompt - 1:])
+    right, scored = torch.cat(right), targets != IGNORE
+    scores = {"token_accuracy": right[scored].float().mean().item(),
+              "sequence_accuracy": (right | ~scored).all(1).float().mean().item(),
+              "bits_per_token": bits / scored.sum().item(), "seconds": time.perf_counter() - start,
+              "peak_gib": peak_memory(device)}
+    return {**scores, "generated_accuracy": torch.cat(written).float().mean().item()} if free else scores
+
+
+def read(model: Resona, x: Tensor, y: Tensor, top_k: int | None) -> tuple[Tensor, float]:
+    """Rows in pieces of PIECE tokens -> which targets were the likeliest, and the bits of all that are scored."""
+    state, hits, lost = None, [], 0.0
+    for x, y in zip(x.split(PIECE, dim=1), y.split(PIECE, dim=1)):
+        logits, state = model(x, state, top_k)
+        hits.append(logits.argmax(-1) == y)
+        scored = y != IGNORE
+        lost += F.cross_entropy(logits[scored], y[scored], reduction="sum").item() / math.log(2)
+    return torch.cat(hits, dim=1), lost
+
+
+def peak_memory(device: str) -> float:
+    """GiB of memory that this process has held at most so far; of the GPU if it is on one."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows does not tell
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def test(models: dict[str, Resona], task: Any, args: argparse.Namespace, free: bool) -> dict[str, Scores]:
+    """Every model on every test; Resona also with more chunks, under the label resona@K."""
+    tests = {}
+    for length in sorted(task.lengths):
+        tests.update(task.test(np.random.default_rng([args.seed, 1, length]), length))
+    scores: dict[str, Scores] = {}
+    for name in models:
+        for top_k in [None, task.test_top_k] if name == "resona" and task.test_top_k else [None]:
+            label = f"{name}@{top_k}" if top_k else name
+            scores[label] = {}
+            for which, rows in tqdm(tests.items(), f"  {label}", ncols=100, unit="test"):
+                try:
+                    scores[label][which] = evaluate(models[name], rows, args.device, top_k, free)
+                except (MemoryError, RuntimeError) as error:
+                    if not lacks_memory(error):
+                        raise
+                    tqdm.write(f"{label}: out of memory in test {which}, which is left out")
+    return scores
+
+
+def lacks_memory(error: Exception) -> bool:
+    said = ("out of memory", "allocate memory", "not enough memory")  # an illegal access is a bug
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+def vary(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    """The flags of one run among several, with its folder made."""
+    args = argparse.Namespace(**{**vars(args), **changes})
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def run(args: argparse.Namespace, task: Any, models: tuple[str, ...],
+        free: bool) -> tuple[dict[str, Scores], dict[str, Any], dict[str, Resona]]:
+    """Train and test with one seed, write results.json -> scores by label, what was written, trained models."""
+    own = vary(args, task=f"text {task.fingerprint}" if args.task == "text" else args.task)  # for --resume
+    trained, seconds = {}, {}
+    for name in models:
+        torch.manual_seed(args.seed)
+        trained[name] = make_model(name, args.backbone, task).to(args.device)
+        seconds[name] = train(name, trained[name], task, own)
+    scores = test(trained, task, args, free)
+    report = {"task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,
+              "train_seconds": seconds, "parameters": {name: count(model) for name, model in trained.items()},
+              "results": {name: best(scores, name, task) for name in models},
+              "steps": task.steps, "lr": {name: task.lr[name] for name in models}, "backbone": args.backbone}
+    if "resona" in models and task.test_top_k:
+        report["resona_at_training_top_k"] = scores["resona"]
+    save(args.out, report)
+    return scores, report, trained
+
+
+def best(scores: dict[str, Scores], model: str, task: Any) -> Scores:
+    """Of Resona's two runs the one with more chunks."""
+    return scores.get(f"{model}@{task.test_top_k}", scores[model])
+
+
+def save(out: Path, report: dict[str, Any]) -> None:
+    write(out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
+
+
+def compare(args: argparse.Namespace, tasks: dict[str, Any], models: tuple[str, ...]) -> None:
+    """Every task with every seed; a table for each task and, if there are several, one of all."""
+    summary = {}
+    for name, task in tasks.items():
+        out, shown = args.out / name if len(tasks) > 1 else args.out, SHOWN.get(name, ("token", "sequence"))
+        runs = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            print(f"\n{name}: {task.steps} steps of each model, seed {seed}")
+            own = vary(args, task=name, seed=seed, out=out / f"seed-{seed}" if args.seeds > 1 else out)
+            runs.append(run(own, task, models, "generated" in shown))
+        scores, reports, trained = zip(*runs)
+        print("\n" + table(scores, reports, task, shown))
+        if args.seeds > 1:
+            save(out, means(reports))
+        if name == "text" and "resona" in models:
+            sample(trained[-1]["resona"], task, own)
+        summary[name] = [report["results"] for report in reports]
+    if len(tasks) > 1:
+        print("\n" + overview(summary, models))
+
+
+def means(reports: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """Of the reports of several seeds: means and standard deviations, of the tests that every seed has."""
+    first = reports[0]
+    facts = {key: first[key] for key in ("task", "seed", "device", "torch", "parameters")}
+    seconds = {model: statistics.mean(one["train_seconds"][model] for one in reports) for model in first["results"]}
+    report = {**facts, "seeds": [one["seed"] for one in reports], "train_seconds": seconds}
+    for key, of in (("results", statistics.mean), ("deviation", statistics.stdev)):
+        report[key] = {}
+        for model in first["results"]:
+            ones = [one["results"][model] for one in reports]
+            report[key][model] = {which: {score: of([one[which][score] for one in ones]) for score in ones[0][which]}
+                                  for which in ones[0] if all(which in one for one in ones)}
+    return report
+
+
+def sample(model: Resona, task: Any, args: argparse.Namespace) -> None:
+    """What Resona writes after the first words of the held-out text."""
+    prompt = torch.as_tensor(task.held_out[None, :200], device=args.device)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    text = model.generate(prompt, 300, temperature=0.5, generator=generator, top_k=task.test_top_k)[0]
+    before, after = (bytes(part.tolist()).decode(errors="replace") for part in (text[:200], text[200:]))
+    print(f"\na sample, after the marked place:\n{before}>>>{after}")
+
+
+def sweep(args: argparse.Namespace, tasks: dict[str, Any], models: tuple[str, ...]) -> None:
+    """Every learning rate for every model, tested on the first length alone, which is that of training."""
+    for name, task in tasks.items():
+        task.lengths, results = task.lengths[:1], {}
+        for rate, model in itertools.product(SWEEP, models):
+            print(f"\n{name}: {model}, learning rate {rate:g}")
+            task.lr = {model: rate}
+            own = vary(args, task=name, out=args.out / name / f"lr-{rate:g}" / model)
+            try:
+                for label, scores in run(own, task, (model,), free=False)[0].items():
+                    results.setdefault(label, {})[rate] = scores
+            except UserError as error:
+                if "diverged" not in str(error):
+                    raise
+                print(error)
+        print("\n" + sweep_table(name, results))
+
+
+# ------------------------------------------------------------------------------------------------- tables
+def table(scores: tuple[dict[str, Scores], ...], reports: tuple[dict[str, Any], ...], task: Any,
+          shown: tuple[str, ...]) -> str:
+    """One line per model and score, one column per test; over several seeds, mean and standard deviation."""
+    tests = tests_of(one for by_label in scores for one in by_label.values())
+    width = max([12 if len(scores) > 1 else 8, *map(len, tests)])
+    lines = [f"{'tests: ' + task.unit:<32}" + "".join(f" {which:>{width}}" for which in tests)]
+    for label in scores[0]:
+        model, _, top_k = label.partition("@")
+        seconds = statistics.mean(report["train_seconds"][model] for report in reports)
+        facts = [f"{model}, k = {top_k}" if top_k else model, f"  {reports[0]['parameters'][model]:,} parameters",
+                 f"  {seconds:.0f} s of training"]
+        for fact, score in zip(facts, shown):
+            cells = (spread(one[label][which][KEYS[score]] for one in scores if which in one[label])
+                     for which in tests)
+            lines.append(f"{fact:<22}{score:<10}" + "".join(f" {cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def overview(summary: dict[str, list[dict[str, Scores]]], models: tuple[str, ...]) -> str:
+    """Token accuracy of every task and test; of Resona's two runs the one with more chunks."""
+    lines = [f"{'task':<11}{'test':<12}" + "".join(f"{model:>16}" for model in models)]
+    for name, results in summary.items():
+        for which in tests_of(one for by_model in results for one in by_model.values()):
+            cells = (spread(one[model][which]["token_accuracy"] for one in results if which in one[model])
+                     for model in models)
+            lines.append(f"{name:<11}{which:<12}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def sweep_table(name: str, results: dict[str, dict[float, Scores]]) -> str:
+    score = KEYS["bits" if "bits" in SHOWN.get(name, ()) else "token"]
+    lines = [f"{name + ', ' + score.replace('_', ' '):<34}" + "".join(f"{rate:>10g}" for rate in SWEEP)]
+    for label, by_rate in results.items():
+        for which in tests_of(by_rate.values()):
+            cells = ("diverged" if rate not in by_rate else
+                     spread(one[score] for test, one in by_rate[rate].items() if test == which) for rate in SWEEP)
+            lines.append(f"{label + ', ' + which:<34}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def tests_of(scores: Iterable[Scores]) -> list[str]:
+    """Of the tests. One that did not fit into the memory is missing in some of the scores."""
+    return list(dict.fromkeys(which for one in scores for which in one))
+
+
+def spread(values: Iterable[float]) -> str:
+    values = list(values)
+    digits = 1 if values and max(values) >= 10 else 3
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "-"
+    return f"{statistics.mean(values):.{digits}f} ±{statistics.stdev(values):.{digits}f}"
+
+
+# ---------------------------------------------------- ablations: copying with one thing about Resona changed
+class KeysInPlace(Retrieval):
+    """The key of a token describes the token and what came before it, not only what came before it."""
+
+    def encode(self, u, z):
+        c, _, v = super().encode(u, z)
+        return c, super().encode(torch.cat([u[:, 1:], u[:, -1:]], dim=1), z)[1], v
+
+
+class NoBias(Retrieval):
+    """The scores choose the chunks and are not seen again, so the loss does not train the search."""
+
+    def search(self, asks, memory, top_k, offset):
+        score, index = super().search(asks, memory, top_k, offset)
+        return torch.zeros_like(score).masked_fill(index < 0, -math.inf), index
+
+
+class Nothing(nn.Module):
+    """In the place of one half of the chunk encoder."""
+
+    def forward(self, x):
+        return x.new_zeros(*x.shape[:-1], ResonaConfig.d_search)
+
+
+ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
+    "as it is": ({}, lambda branch: None),
+    "chunks of 2 tokens": ({"chunk_size": 2}, lambda branch: None),
+    "chunks of 8 tokens": ({"chunk_size": 8}, lambda branch: None),
+    "chunks of 16 tokens": ({"chunk_size": 16}, lambda branch: None),
+    "top_k 1 in training": ({"top_k": 1}, lambda branch: None),
+    "top_k 2 in training": ({"top_k": 2}, lambda branch: None),
+    "top_k 8 in training": ({"top_k": 8}, lambda branch: None),
+    "retrieval in layer 0 only": ({"retrieval": [0]}, lambda branch: None),
+    "retrieval in layer 1 only": ({"retrieval": [1]}, lambda branch: None),
+    "keys not one step late": ({}, lambda branch: setattr(branch, "__class__", KeysInPlace)),
+    "no log-probability bias": ({}, lambda branch: setattr(branch, "__class__", NoBias)),
+    "chunk key: sum alone": ({}, lambda branch: setattr(branch.search_key, "order", Nothing())),
+    "chunk key: MLP alone": ({}, lambda branch: setattr(branch.search_key, "each", Nothing())),
+}
+
+
+def ablated(label: str, task: Any, args: argparse.Namespace) -> tuple[Any, Resona]:
+    """The task with the changed config, and a new model with the change made."""
+    config, patch = ABLATIONS[label]
+    task = copy.copy(task)
+    task.config = config
+    torch.manual_seed(args.seed)
+    model = make_model("resona", args.backbone, task).to(args.device)
+    for layer in model.layers:
+        if layer.retrieval:
+            patch(layer.retrieval)
+    return task, model
+
+
+def ablate(args: argparse.Namespace, task: Any) -> None:
+    """Token accuracy with the top_k of training / with the larger one of the tests."""
+    lines = [f"{'token accuracy by ' + task.unit:<30}" + "".join(f"{n:>14}" for n in sorted(task.lengths))]
+    for label in ABLATIONS:
+        print(f"\n{label}")
+        changed, model = ablated(label, task, args)
+        folder = args.out / "ablate" / label.replace(":", "").replace(" ", "-")
+        own = vary(args, task=f"copy, {label}", out=folder)
+        train("resona", model, changed, own)
+        (own.out / "resona.pt").unlink()  # Resona.load would not know what was patched
+        few, many = test({"resona": model}, changed, own, free=False).values()
+        cells = (f"{spread([few[n]['token_accuracy']])} /{spread([many[n]['token_accuracy']])}"
+                 for n in few if n in many)
+        lines.append(f"{label:<30}" + "".join(f"{cell:>14}" for cell in cells))
+        print("", *lines, sep="\n")
+
+
+# -------------------------------------------------------------------------------------------- command line
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = train_toy.make_parser([*TASKS, "all"])
+    parser.prog, parser.description = "evidence.run", __doc__.split("\n")[0]
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run N seeds, from --seed on (default: 1)")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="for --task text (default: Python's documentation)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sweep", action="store_true", help=f"instead, each learning rate of {SWEEP}")
+    instead.add_argument("--ablate", action="store_true", help="instead, copying with one thing changed at a time")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    """See that the flags fit together, before any work -> the tasks by name."""
+    if WORLD > 1:
+        raise UserError(f"this runs in one process, got {WORLD}; train_toy.py can share copying among several")
+    if args.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {args.seeds}")
+    if args.data and args.task not in ("text", "all"):
+        raise UserError(f"--data is for --task text, got --task {args.task}")
+    if args.sweep and (args.seeds > 1 or args.lr is not None):
+        raise UserError(f"--sweep runs one seed and its own rates, got --seeds {args.seeds}, --lr {args.lr}")
+    if args.ablate and (args.task != "copy" or args.model != "all" or args.seeds > 1):
+        raise UserError("--ablate is Resona on copying with one seed; it takes no --task, --model or --seeds")
+    names = TASKS if args.task == "all" else [args.task]
+    tasks = {name: TASKS[name](args.data) if name == "text" else TASKS[name]() for name in names}
+    for name, task in tasks.items():
+        prepare(args, task)
+        check_lengths(name, task)
+    return tasks
+
+
+def main(argv: list[str]) -> int:
+    """Run with these flags -> exit status."""
+    args = parse(argv)
+    try:
+        tasks, models = check(args), MODELS if args.model == "all" else (args.model,)
+        print(f"on {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        if args.ablate:
+            ablate(args, tasks["copy"])
+        else:
+            (sweep if args.sweep else compare)(args, tasks, models)
+        print(f"\nwritten to {args.out}")
+        return 0
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"evidence.run: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = shlex.join(argv if args.resume else [*argv, "--resume"])
+        print(f"stopped; to go on from the last save: python -m evidence.run {again}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of the user's text
+    sys.exit(main(sys.argv[1:]))
