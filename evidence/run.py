@@ -82,13 +82,13 @@ def read(model: Resona, x: Tensor, y: Tensor, top_k: int | None) -> tuple[Tensor
 
 
 def peak_memory(device: str) -> float:
-    """GiB of memory that this process has held at most so far; of the GPU if it is on one."""
+    """GiB of memory that this process has held at most so far; of the GPU if it is on one; 0 where it is not known."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
         import resource
-    except ImportError:  # Windows does not tell
-        return math.nan
+    except ImportError:  # Windows
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -336,9 +336,9 @@ def ablate(args: argparse.Namespace, task: Any) -> None:
         own = vary(args, task=f"copy, {label}", out=folder)
         train("resona", model, changed, own)
         (own.out / "resona.pt").unlink()  # Resona.load would not know what was patched
-        few, many = test({"resona": model}, changed, own, free=False).values()
-        cells = (f"{spread([few[n]['token_accuracy']])} /{spread([many[n]['token_accuracy']])}"
-                 for n in few if n in many)
+        scores = test({"resona": model}, changed, own, free=False).values()
+        cells = (" /".join(spread([one[str(n)]["token_accuracy"]] if str(n) in one else []) for one in scores)
+                 for n in sorted(task.lengths))
         lines.append(f"{label:<30}" + "".join(f"{cell:>14}" for cell in cells))
         print("", *lines, sep="\n")
 
