@@ -15,11 +15,9 @@ float64, a search too large for the chip) it raises NotImplementedError, and res
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -53,11 +51,6 @@ def _check(*tensors: Tensor) -> None:
         raise NotImplementedError(f"kernels need Triton and a tensor of at most float32 on a GPU: {missing}")
 
 
-def _device_of(x: Tensor):
-    """Triton launches on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 # -------------------------------------------------------------------------------------- 1. the scan: kernels
 # A tile is BT steps of BD channels, held by a single warp: each lane then owns whole channels, the scan over
 # the rows of the tile is a loop in registers without shared memory, and loads are 128 bits wide.
@@ -78,10 +71,8 @@ if HAS_TRITON:
         t = L - 1 - step if BACKWARD else step
         at = (row * L + t)[:, None] * D + d[None, :]
         inside = (step < stop)[:, None] & (d < D)[None, :]
-        if BACKWARD:
-            a_t = tl.load(a + at + D, mask=inside & (t < L - 1)[:, None], other=0.0)
-        else:
-            a_t = tl.load(a + at, mask=inside, other=0.0)
+        late = 1 if BACKWARD else 0
+        a_t = tl.load(a + at + late * D, mask=inside & (t + late < L)[:, None], other=0.0)
         b_t = tl.load(b + at, mask=inside, other=0.0)
         return tl.where((step < stop)[:, None], a_t.to(tl.float32), 1.0), b_t.to(tl.float32), t, at, inside
 
@@ -116,10 +107,8 @@ if HAS_TRITON:
         row = (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64)  # int64: row·L·D passes 2³¹
         d = tl.program_id(0) % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
         m = tl.program_id(1)
-        if BACKWARD:
-            carry = tl.zeros([BD], tl.float32)
-        else:
-            carry = tl.load(h0 + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        first = tl.load(h0 + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        carry = tl.zeros_like(first) if BACKWARD else first
         for earlier in range(0, m):  # the chunks before this one; none when there is a single chunk
             at = (row * C + earlier) * D + d
             product = tl.load(block_a + at, mask=d < D, other=0.0)
@@ -133,7 +122,6 @@ if HAS_TRITON:
             tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
             if BACKWARD:
                 before = tl.load(h + at - D, mask=inside & (t > 0)[:, None], other=0.0).to(tl.float32)
-                first = tl.load(h0 + row * D + d, mask=d < D, other=0.0).to(tl.float32)
                 before = tl.where((t == 0)[:, None], first[None, :], before)
                 tl.store(da + at, (x * before).to(da.dtype.element_ty), mask=inside)
             carry = last_row(x, BT)
@@ -141,7 +129,7 @@ if HAS_TRITON:
 
 def launch_scan(a: Tensor, b: Tensor, h0: Tensor, h: Tensor, out: Tensor, da: Tensor, backward: bool) -> None:
     """One kernel if B·D fills the GPU with programs; else two, and C chunks of steps side by side."""
-    if b.numel() == 0:
+    if b.numel() == 0:  # the sizes below would be divided by zero
         return
     B, L, D = b.shape
     columns = B * triton.cdiv(D, BD)
@@ -150,7 +138,7 @@ def launch_scan(a: Tensor, b: Tensor, h0: Tensor, h: Tensor, out: Tensor, da: Te
     C = triton.cdiv(L, chunk)
     block_a, block_b = (torch.empty(B, C, D, dtype=torch.float32, device=b.device) for _ in range(2))
     grid, sizes = (columns, C), (L, D, C, chunk, backward, BT, BD)
-    with _device_of(b):
+    with torch.cuda.device_of(b):  # Triton launches on the current device, which need not be b's
         if C > 1:
             summary_kernel[grid](a, b, block_a, block_b, *sizes, num_warps=1)
         scan_kernel[grid](a, b, h0, h, out, da, block_a, block_b, *sizes, num_warps=1)
@@ -220,8 +208,7 @@ if HAS_TRITON:
     @triton.jit(do_not_specialize=["M", "offset"])  # they grow as a text is read: else some values compile anew
     def search_kernel(q, c, best, L, M, S, chunk_size, offset, top_k,
                       BQ: tl.constexpr, BM: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr):
-        """BQ queries walk the chunk keys, BM at a time, and keep their winners in registers.
-        best: (B, L, top_k), packed, in no order."""
+        """BQ queries walk the chunks, BM at a time, and keep their winners in registers. best: (B, L, top_k)."""
         row = (tl.program_id(0) // tl.cdiv(L, BQ)).to(tl.int64)
         t = tl.program_id(0) % tl.cdiv(L, BQ) * BQ + tl.arange(0, BQ)
         s = tl.arange(0, SP)
@@ -230,7 +217,7 @@ if HAS_TRITON:
         slot = tl.arange(0, KP)[None, :]
         empty = pack(tl.full([BQ, KP], float("-inf"), tl.float32), 0x7fffffff - slot)
         kept = tl.where(slot < top_k, empty, 0x7fffffffffffffff)  # the slots beyond top_k are never the worst
-        worst = tl.min(kept, axis=1)
+        worst_score = tl.full([BQ], float("-inf"), tl.float32)  # kept as float32: packed, it takes many registers
         ended = tl.minimum((offset + t) // chunk_size, M)  # chunks that a query may see
         for start in range(0, tl.max(ended), BM):
             m = start + tl.arange(0, BM)
@@ -238,15 +225,17 @@ if HAS_TRITON:
             chunks = tl.load(c + c_at, mask=(m < M)[:, None] & (s < S)[None, :], other=0.0)
             score = tl.dot(queries, tl.trans(chunks), input_precision="ieee")
             score = tl.where(m[None, :] < ended[:, None], score, float("-inf"))
-            if tl.max((tl.max(score, axis=1) > score_of(worst)).to(tl.int32)) > 0:  # few tiles have better ones
+            if tl.max((tl.max(score, axis=1) > worst_score).to(tl.int32)) > 0:  # few tiles have better ones
                 key = pack(score, m[None, :])
                 candidate = tl.max(key, axis=1)
+                worst = tl.min(kept, axis=1)
                 while tl.max((candidate > worst).to(tl.int32)) > 0:  # each query's best of the tile, one a round
                     lost = (candidate > worst)[:, None] & (kept == worst[:, None])
                     kept = tl.where(lost, candidate[:, None], kept)
                     worst = tl.min(kept, axis=1)
                     key = tl.where(key == candidate[:, None], -0x7fffffffffffffff, key)
                     candidate = tl.max(key, axis=1)
+                worst_score = score_of(worst)
         at = (row * L + t)[:, None] * top_k + slot
         tl.store(best + at, kept, mask=(t < L)[:, None] & (slot < top_k))
 
@@ -257,10 +246,9 @@ def search_op(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) ->
     (B, L, S), M = q.shape, c.shape[1]
     KP, SP = triton.next_power_of_2(top_k), max(16, triton.next_power_of_2(S))
     best = torch.empty(B, L, top_k, dtype=torch.int64, device=q.device)
-    if best.numel():
-        with _device_of(q):
-            search_kernel[(triton.cdiv(L, BQ) * B,)](
-                q, c, best, L, M, S, chunk_size, offset, top_k, BQ, BM, SP, KP, num_warps=8)
+    with torch.cuda.device_of(q):
+        search_kernel[(triton.cdiv(L, BQ) * B,)](
+            q, c, best, L, M, S, chunk_size, offset, top_k, BQ, BM, SP, KP, num_warps=8)
     key = best.sort(dim=-1, descending=True).values
     bits = key >> 32
     score = torch.where(bits < 0, bits ^ 0x7fffffff, bits).to(torch.int32).view(torch.float32)
@@ -282,7 +270,7 @@ def _search_backward(ctx, dscore, _):
     """score = q·c[index]: only the chosen chunks receive a gradient, so no kernel is needed."""
     q, c, index = ctx.saved_tensors
     M, S = c.shape[1:]
-    c = F.pad(c, (0, 0, 0, 1))  # one chunk more, of zeros, for the empty slots
+    c = torch.nn.functional.pad(c, (0, 0, 0, 1))  # one chunk more, of zeros, for the empty slots
     at = torch.where(index < 0, M, index).flatten(1).unsqueeze(-1).expand(-1, -1, S)  # (B, L·K, S)
     dscore = dscore.masked_fill(index < 0, 0).unsqueeze(-1)  # (B, L, K, 1)
     dq = (dscore * c.gather(1, at).unflatten(1, index.shape[1:])).sum(2)

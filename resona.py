@@ -738,22 +738,18 @@ def check_branch(z: Tensor, u: Tensor, y: Tensor) -> None:
           f"(B, L, D), got {[*z.shape]}, {[*u.shape]} and {[*y.shape]}")
 
 
-def check_kind(*tensors: Tensor) -> None:
-    kinds = {f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in tensors}
-    check(len(kinds) == 1 and isinstance(tensors[0], Tensor) and tensors[0].is_floating_point(),
-          f"tensors must share one floating dtype and one device, got {' and '.join(sorted(kinds))}")
-
-
 def check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
-    check_kind(a, b, *([] if h0 is None else [h0]))
+    kinds = {(x.dtype, x.device) for x in (a, b, b if h0 is None else h0)}
     check(a.ndim == 3 and a.shape == b.shape and a.shape[1] > 0 and (h0 is None or h0.shape == b[:, 0].shape),
           "a and b must share one shape (B, L, D) with L >= 1, and h0 have (B, D), "
           f"got {[*a.shape]}, {[*b.shape]} and {h0 if h0 is None else [*h0.shape]}")
+    check(len(kinds) == 1 and b.is_floating_point(), f"a, b and h0 must share one floating dtype and device, got {kinds}")
 
 
 def check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> None:
-    check_kind(q, c)
     check(q.ndim == c.ndim == 3 and q.shape[0] == c.shape[0] and q.shape[2] == c.shape[2],
           f"q and c must have shapes (B, L, S) and (B, M, S), got {[*q.shape]} and {[*c.shape]}")
+    check(q.dtype == c.dtype and q.device == c.device and q.is_floating_point(),
+          f"q and c must share one floating dtype and device, got {q.dtype}, {c.dtype} on {q.device}, {c.device}")
     for name, value, least in (("top_k", top_k, 1), ("chunk_size", chunk_size, 1), ("offset", offset, 0)):
         check_int(name, value, least)

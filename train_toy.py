@@ -1,7 +1,6 @@
 """Train a recurrence, the same recurrence with retrieval, and a Transformer to copy strings; then compare them.
 
     python train_toy.py                                    # all three, in two minutes on two cores
-    python train_toy.py --model resona --backbone ssm      # one of them, on another recurrence
     python train_toy.py --resume                           # go on after Ctrl-C or a crash
     torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes, or GPUs
 
@@ -133,8 +132,8 @@ class CausalAttention(nn.Module):
 def rotate(x: Tensor, past: int) -> Tensor:
     """Turn each pair of channels of x: (B, H, L, E) by an angle proportional to its position."""
     x1, x2 = x.chunk(2, dim=-1)
-    position = torch.arange(past, past + x.shape[2], device=x.device).unsqueeze(1)
-    angle = position * 10000.0 ** (-torch.arange(x1.shape[3], device=x.device) / x1.shape[3])  # (L, E/2)
+    position, pair = (torch.arange(n, device=x.device) for n in (past + x.shape[2], x1.shape[3]))
+    angle = position[past:, None] * 10000.0 ** (-pair / len(pair))  # (L, E/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
@@ -157,8 +156,8 @@ def make_model(name: str, backbone: str, task: Any) -> Resona:
     with torch.device("meta"):  # shapes without memory, to count
         target = count(Resona(resona))  # d_model is divisible by n_head, with an even quotient
         d_model = max(D for D in range(64, 256, 8) if D == 64 or count(build(D, int(1.5 * D))) <= target)
-        thin, one_more = count(build(d_model, 1)), count(build(d_model, 2))
-    return build(d_model, 1 + round((target - thin) / (one_more - thin)))
+        per_unit = count(build(d_model, 2)) - count(build(d_model, 1))  # of d_ff
+    return build(d_model, 1 + round((target - count(build(d_model, 1))) / per_unit))
 
 
 def count(model: nn.Module) -> int:

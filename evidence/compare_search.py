@@ -39,14 +39,14 @@ def load(path: Path, device: str) -> Resona:
 
 
 @torch.no_grad()
-def read_string(model: Resona, tokens: int, device: str) -> dict[int, tuple[Retrieval, Memory, Tensor]]:
-    """Read so many tokens of a string and its copy -> of each layer that searches: branch, memory, last queries."""
-    asked, hooks = {}, []
+def read_string(model: Resona, chunks: int, device: str) -> dict[int, tuple[Retrieval, Memory, Tensor]]:
+    """Read so many chunks of a string and its copy -> of each layer that searches: branch, memory, last queries."""
+    asked, hooks, tokens = {}, [], chunks * model.config.chunk_size
     branches = {i: layer.retrieval for i, layer in enumerate(model.layers) if layer.retrieval}
     for i, branch in branches.items():
         hooks.append(branch.search_query.register_forward_pre_hook(
             lambda module, inputs, i=i: asked.update({i: inputs[0]})))
-    string, state = copy_string(np.random.default_rng([0, tokens]), tokens * 2 // 3)[0], None
+    string, state = copy_string(np.random.default_rng([0, chunks]), tokens * 2 // 3)[0], None
     for piece in torch.as_tensor(string[None, :tokens], device=device).split(PIECE, dim=1):
         _, state = model(piece, state)
     for hook in hooks:
@@ -56,9 +56,10 @@ def read_string(model: Resona, tokens: int, device: str) -> dict[int, tuple[Retr
 
 
 @torch.no_grad()
-def compare(branch: Retrieval, memory: Memory, q: Tensor, tokens: int) -> tuple[float, float, float, float]:
+def compare(branch: Retrieval, memory: Memory, q: Tensor) -> tuple[float, float, float, float]:
     """-> share of the exact result that is found, share of the chunks and centroids that are scored, both times."""
-    sizes = (q, memory.c, TOP_K, branch.chunk_size, tokens - q.shape[1])
+    first = memory.c.shape[1] * branch.chunk_size - q.shape[1]  # the position of the first query
+    sizes = (q, memory.c, TOP_K, branch.chunk_size, first)
     exact, exact_ms = timed(lambda: resona.search_parallel(*sizes)[1])
     found, found_ms = timed(lambda: resona.search_ivf(*sizes, memory.lists, branch.n_probe)[1])
     recall = (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean().item()
@@ -102,9 +103,8 @@ def main(argv: list[str]) -> int:
     print(f"{TOP_K} chunks for each of {QUERIES} queries; {config.n_list} lists, of which a query probes "
           f"{config.n_probe}\n  chunks  layer  found of the exact   scored  exact ms    ivf ms")
     for chunks in CHUNKS:
-        tokens = chunks * config.chunk_size
-        for i, read in read_string(model, tokens, args.device).items():
-            recall, scored, exact_ms, found_ms = compare(*read, tokens)
+        for i, read in read_string(model, chunks, args.device).items():
+            recall, scored, exact_ms, found_ms = compare(*read)
             print(f"{chunks:>8}{i:>7}{recall:>20.3f}{scored:>9.3f}{exact_ms:>10.0f}{found_ms:>10.0f}")
     return 0
 

@@ -1,0 +1,362 @@
+"""Tests of the ten tasks and of what runs them: python -m pytest evidence"""
+
+import itertools
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import train_toy
+from evidence import compare_search, run, tasks
+from evidence.tasks import TASKS
+from resona import BACKBONES, Resona, ResonaConfig
+from train_toy import BATCH, IGNORE, MODELS, UserError, make_model
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz$|."
+
+
+def rows_of(inputs, targets):
+    return zip(inputs.tolist(), targets.tolist())
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------- tasks
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_fit_the_task(name):
+    task, rng = TASKS[name](), np.random.default_rng(0)
+    tasks.check_lengths(name, task)
+    tests = {which: rows for length in task.lengths[:2] for which, rows in task.test(rng, length).items()}
+    for inputs, targets in [task.batch(rng), task.batch(rng), *tests.values()]:
+        assert inputs.shape == targets.shape and 0 <= inputs.min() and inputs.max() < task.vocab_size
+        scored = targets[targets != IGNORE]
+        assert len(scored) and 0 <= scored.min() and scored.max() < task.vocab_size
+    assert set(task.lr) == {*MODELS, "nope"} and tasks.LIMITS.keys() == TASKS.keys()
+
+
+def test_ngram_rows_ask_for_what_followed():
+    rng, forms = np.random.default_rng(0), []
+    for _ in range(50):
+        tokens, scored = tasks.ngram_string(rng, 12)
+        text = "".join(LETTERS[i] for i in tokens)
+        prefix = re.fullmatch(r"\$(...)\|(\w{12})\|(\w{4})\.", text)
+        suffix = re.fullmatch(r"\$(\w{12})\|(...)(\w{4})\.", text)
+        assert bool(prefix) != bool(suffix)
+        key, x, answer = prefix.groups() if prefix else (suffix[2], suffix[1], suffix[3])
+        assert x.count(key) == 1 and key + answer in x
+        assert scored.tolist() == [False] * (len(text) - 5) + [True] * 5
+        forms.append(bool(prefix))
+    assert 10 < sum(forms) < 40
+
+
+@pytest.mark.parametrize("random_fill", [True, False])
+def test_mqar_answers_stand_at_the_query(random_fill):
+    inputs, targets = tasks.mqar_rows(np.random.default_rng(0), 50, 64, 8, 128, random_fill)
+    for x, y in rows_of(inputs, targets):
+        book = dict(zip(x[0:16:2], x[1:16:2]))
+        at = [i for i, label in enumerate(y) if label != IGNORE]
+        assert len(book) == len(at) == len(set(book.values())) == 8
+        assert all(1 <= key <= 63 for key in book) and all(64 <= value <= 127 for value in book.values())
+        assert all(i >= 16 and i % 2 == 0 and y[i] == book[x[i]] for i in at)
+        assert random_fill or all(x[i] == 0 for i in range(16, 64) if i not in at)
+    assert np.median(np.nonzero(targets != IGNORE)[1]) < 16 + (64 - 16) / 2  # a power law: near ones are likelier
+
+
+@pytest.mark.parametrize("name", ["recall", "noisy"])
+def test_recall_scores_values_of_keys_that_came_before(name):
+    task, rng, noise = TASKS[name](), np.random.default_rng(0), 0
+    inputs, targets = task.batch(rng)
+    assert inputs.shape == (BATCH, 127) and np.array_equal(inputs[:, 1:], targets[:, :-1])
+    (inputs, targets), = task.test(rng, 128).values()
+    for x, y in rows_of(inputs, targets):
+        book = {}
+        for at in range(0, len(x), 2):  # the last value is the last target
+            key, label, value = x[at], y[at], [*x, y[-1]][at + 1]
+            if key >= 16:
+                noise += 1
+                assert label == IGNORE and value >= 16
+            else:
+                assert key < 8 <= value < 16 and label == (value if key in book else IGNORE)
+                assert book.setdefault(key, value) == value
+        assert y[-1] == book[x[-1]] and set(y[1::2]) == {IGNORE}
+    share = noise / (64 * len(inputs))
+    assert share == 0 if name == "recall" else 0.15 < share < 0.25
+
+
+def test_fuzzy_recall_pads_left_and_asks_with_the_longest_keys():
+    task, rng = TASKS["fuzzy"](), np.random.default_rng(0)
+    inputs, targets = task.batch(rng)
+    assert inputs.shape == (BATCH, 128) and np.array_equal(inputs[:, 1:], targets[:, :-1])
+    (inputs, targets), = task.test(rng, 128).values()
+    for x, y in rows_of(inputs, targets):
+        row, label, book = [*x, y[-1]], [IGNORE, *y], {}
+        kinds = "".join("kv*"[(i >= 7) + (i >= 15)] for i in row)
+        assert re.fullmatch(r"\*{0,11}(kkkv{1,3})+", kinds)
+        for pair in re.finditer("kkkv{1,3}", kinds):
+            start, end = pair.span()
+            key, value = tuple(row[start:start + 3]), row[start + 3:end]
+            assert len(set(key)) == 3 and len(set(value)) == len(value)
+            assert label[start:end] == [IGNORE] * 3 + (value if key in book else [IGNORE] * len(value))
+            assert book.setdefault(key, value) == value
+        assert label[-1] != IGNORE
+
+
+def test_selective_rows_repeat_the_sixteen_tokens_in_order():
+    task, rng, lengths = TASKS["selective"](), np.random.default_rng(0), set()
+    for inputs, targets in [*(task.batch(rng) for _ in range(20)), tasks.selective_rows(rng, 9, 34)]:
+        lengths.add(inputs.shape[1])
+        for x, y in rows_of(inputs, targets):
+            assert x[-17] == 15 and x[-16:] == [14] * 16 and y[:-16] == [IGNORE] * (len(x) - 16)
+            assert [i for i in x[:-17] if i != 14] == y[-16:]
+    assert len(lengths) > 15 and min(lengths) == 34 and max(lengths) <= 256
+
+
+def test_memorize_is_the_reference_map():
+    inputs, targets = TASKS["memorize"]().batch(np.random.default_rng(0))
+    pairs = {*zip(inputs[:, ::2].flatten().tolist(), targets[:, 1::2].flatten().tolist())}
+    book = dict(pairs)
+    assert len(book) == len(pairs) and (inputs[:, 1::2] == 255).all() and (targets[:, ::2] == IGNORE).all()
+    # from a row of the reference's generator
+    assert (book[97], book[102], book[98], book[118], book[56]) == (241, 250, 202, 249, 198)
+
+
+def test_needle_rows_can_be_answered():
+    rng = np.random.default_rng(0)
+    for length in (4, 50):
+        for x, y in zip(*tasks.needle_rows(rng, 20, length)):
+            at, = np.nonzero(x[:-1] < 16)
+            assert len(at) == 1 and x[at[0]] == x[-1] and x[at[0] + 1] == y[-1] and (y[:-1] == IGNORE).all()
+    for x, y in rows_of(*tasks.needle_rows(rng, 20, 24, needles=4, questions=6)):
+        book = {key: value for key, value in zip(x[:13], x[1:]) if key < 16}
+        assert len(book) == 4 and y[13::2] == [book[key] for key in x[13::2]] and min(x[14::2]) >= 32
+        assert y[:13] == [IGNORE] * 13 and y[14::2] == [IGNORE] * 5
+
+
+def test_phonebook_rows_can_be_answered():
+    row, scored = tasks.phonebook_row(np.random.default_rng(0), 30, 5)
+    lines = bytes(row.tolist()).decode().splitlines()
+    assert len(lines) == 35 and len({line[:6] for line in lines[:30]}) == 30
+    assert all(re.fullmatch(r"[A-Z][a-z]{5}: \d{4}", line) for line in lines)
+    assert all(line in lines[:30] for line in lines[30:])
+    assert bytes(row[scored].tolist()).decode().splitlines() == [line[8:] for line in lines[30:]]
+
+
+def test_text_is_held_out_by_topic_and_passages_come_twice(tmp_path):
+    train, held_out = tasks.read_text(None)
+    assert 0.05 < len(held_out) / len(train) < 0.2
+    assert bytes(held_out[1000:1100].tolist()) not in bytes(train.tolist())
+    (tmp_path / "t.txt").write_bytes("é".encode() * 5000)
+    assert [len(part) for part in tasks.read_text(tmp_path / "t.txt")] == [9000, 1000]
+    row, scored = tasks.text_row(np.random.default_rng(0), np.arange(1000), 200, 40)
+    assert len(row) == 201 and np.array_equal(row[scored], row[:40]) and scored.sum() == 40
+
+
+@pytest.mark.parametrize("backbone", ["gated", "ssm"])
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in train_toy.TASKS])
+def test_the_models_have_equal_parameters(name, backbone):
+    models = [make_model(model, backbone, TASKS[name]()) for model in [*MODELS, "nope"]]
+    counts = [train_toy.count(model) for model in models]
+    assert max(counts) <= 1.01 * min(counts)
+    assert len({len(layer.conv.weight) for model in models for layer in model.layers}) == 1  # one width
+    kinds = [type(layer.backbone) for model in models for layer in model.layers]
+    assert kinds == [BACKBONES[backbone]] * 4 + [train_toy.CausalAttention] * 4
+
+
+# -------------------------------------------------------------------------------------------------- runs
+SHORT = {"ngram": "7", "mqar": "4", "phonebook": "4", "text": "256", "selective": "40", "memorize": "8"}
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in train_toy.TASKS])
+def test_every_task_runs(name, tmp_path, capsys):
+    models = MODELS if name == "memorize" else ("resona",)
+    model = "all" if name == "memorize" else "resona"
+    flags = ["--task", name, "--model", model, "--steps", "20", "--out", str(tmp_path)]
+    assert run.main([*flags, "--lengths", SHORT.get(name, "32")]) == 0
+    report = results(tmp_path)
+    assert {"task", "seed", "device", "torch", "train_seconds", "parameters", "results"} <= report.keys()
+    assert report["task"] == name and ("resona_at_training_top_k" in report) == bool(TASKS[name]().test_top_k)
+    for part in ("train_seconds", "parameters", "results"):
+        assert tuple(report[part]) == models
+    for scores in itertools.chain(*(of.values() for of in report["results"].values())):
+        assert set(scores) == {"token_accuracy", "sequence_accuracy", "bits_per_token", "seconds", "peak_gib"}
+        assert 0 <= scores["sequence_accuracy"] <= scores["token_accuracy"] <= 1 and scores["seconds"] > 0
+        assert 0 < scores["bits_per_token"] < 1.5 * np.log2(TASKS[name].vocab_size)
+    assert (tmp_path / "resona.pt").exists() and ("a sample" in capsys.readouterr().out) == (name == "text")
+
+
+def test_copying_is_tested_on_its_own_output_too(tmp_path, capsys):
+    flags = ["--model", "resona", "--steps", "1", "--lengths", "4", "--out", str(tmp_path)]
+    assert run.main(flags) == 0 and "generated" in capsys.readouterr().out
+    assert 0 <= results(tmp_path)["results"]["resona"]["4"]["generated_accuracy"] < 1
+    model = Resona(ResonaConfig(vocab_size=30))
+    rows = TASKS["copy"]().test(np.random.default_rng(0), 4)["4"]
+    model.generate = lambda x, n, top_k: torch.cat([x, x[:, 1:-1], torch.full((len(x), 1), 28)], 1)  # $cat| -> cat.
+    assert run.evaluate(model, rows, "cpu", free=True)["generated_accuracy"] == 1
+
+
+def test_seeds_and_sweep_keep_every_run_apart(tmp_path, capsys):
+    flags = ["--task", "memorize", "--steps", "1", "--model", "resona", "--out"]
+    assert run.main([*flags, str(tmp_path / "a"), "--seeds", "2", "--seed", "5"]) == 0
+    assert "±" in capsys.readouterr().out
+    one, two, both = (results(tmp_path / "a" / name)["results"]["resona"]["32"] for name in ("seed-5", "seed-6", "."))
+    assert one != two
+    assert both["token_accuracy"] == pytest.approx((one["token_accuracy"] + two["token_accuracy"]) / 2)
+    deviation = results(tmp_path / "a")["deviation"]["resona"]["32"]["bits_per_token"]
+    assert deviation == pytest.approx(abs(one["bits_per_token"] - two["bits_per_token"]) / 2**0.5)
+    assert run.main([*flags, str(tmp_path / "b"), "--sweep"]) == 0
+    printed = capsys.readouterr().out
+    for rate in run.SWEEP:
+        report = results(tmp_path / "b" / "memorize" / f"lr-{rate:g}" / "resona")
+        assert report["lr"] == {"resona": rate} and f"{rate:g}" in printed
+
+
+def test_a_rate_that_diverges_does_not_end_the_sweep(tmp_path, capsys, monkeypatch):
+    def train(name, model, task, args):
+        if task.lr[name] > 0.01:
+            raise UserError(f"{name} diverged at step 1")
+        return 0.0
+    monkeypatch.setattr(run, "train", train)
+    assert run.main(["--task", "memorize", "--model", "resona", "--sweep", "--out", str(tmp_path)]) == 0
+    row = capsys.readouterr().out.splitlines()[-3].split()
+    assert row[:2] == ["resona,", "32"] and row[-1] == "diverged" and float(row[2]) < 1
+
+
+def test_all_tasks_come_in_one_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "TASKS", {name: TASKS[name] for name in ("recall", "memorize")})
+    flags = ["--task", "all", "--model", "resona", "--steps", "1", "--lengths", "32", "--out", str(tmp_path)]
+    assert run.main(flags) == 0
+    for line, name in zip(capsys.readouterr().out.splitlines()[-4:], ("recall", "memorize")):
+        score = results(tmp_path / name)["results"]["resona"]["32"]["token_accuracy"]
+        assert line.split() == [name, "32", f"{score:.3f}"]
+
+
+def test_resume_goes_on_in_every_folder_and_refuses_another_text(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "SWEEP", (1e-3, 1e-2))
+    flags = ["--task", "memorize", "--model", "resona", "--steps", "4", "--save-every", "1", "--sweep", "--out"]
+    assert run.main([*flags, str(tmp_path / "whole")]) == 0
+    whole, batch, seen = capsys.readouterr().out.splitlines()[-4:-2], TASKS["memorize"].batch, []
+
+    def stopped(self, rng):
+        seen.append(rng)
+        if len(seen) == 7:  # in the second rate's third step
+            signal.raise_signal(signal.SIGINT)
+        return batch(self, rng)
+    monkeypatch.setattr(TASKS["memorize"], "batch", stopped)
+    assert run.main([*flags, str(tmp_path / "parts")]) == 130
+    assert "python -m evidence.run --task memorize" in (said := capsys.readouterr().err) and "--resume" in said
+    assert run.main([*flags, str(tmp_path / "parts"), "--resume"]) == 0 and len(seen) == 9
+    assert capsys.readouterr().out.splitlines()[-4:-2] == whole
+    for data in ("once", "twice"):
+        (tmp_path / data).write_text(f"{data} upon a time " * 500)
+    flags = ["--task", "text", "--model", "resona", "--steps", "1", "--lengths", "256", "--out", str(tmp_path / "t")]
+    assert run.main([*flags, "--data", str(tmp_path / "once")]) == 0
+    assert run.main([*flags, "--data", str(tmp_path / "once"), "--resume"]) == 0
+    assert run.main([*flags, "--data", str(tmp_path / "twice"), "--resume"]) == 2
+    assert "another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("search", ["exact", "ivf"])
+def test_long_rows_are_read_in_pieces_with_the_same_result(monkeypatch, search):
+    model = Resona(ResonaConfig(vocab_size=64, d_model=16, search=search, n_list=1))
+    rows = tasks.needle_rows(np.random.default_rng(0), 3, 90)
+    whole = run.evaluate(model, rows, "cpu")
+    monkeypatch.setattr(run, "PIECE", 7)
+    parts = run.evaluate(model, rows, "cpu")
+    assert parts["bits_per_token"] == pytest.approx(whole["bits_per_token"], rel=1e-5)
+    for score in ("token_accuracy", "sequence_accuracy"):
+        assert parts[score] == whole[score] == train_toy.evaluate(model, rows, "cpu")[score]
+
+
+def test_running_out_of_memory_keeps_the_shorter_results(tmp_path, monkeypatch, capsys):
+    ran, evaluate, flags = [], run.evaluate, ["--task", "needle", "--model", "resona", "--steps", "1", "--out"]
+
+    def starved(model, rows, *args):
+        ran.append(rows[0].shape[1])
+        if ran[-1] == 128 and ran.count(128) == 1:  # the first time alone
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        return evaluate(model, rows, *args)
+    monkeypatch.setattr(run, "evaluate", starved)
+    assert run.main([*flags, str(tmp_path), "--lengths", "64", "128", "--seeds", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "out of memory in test 128" in printed.err + printed.out
+    header = next(line for line in printed.out.splitlines() if line.startswith("tests: "))
+    assert header.split()[-2:] == ["64", "128"]
+    assert list(results(tmp_path / "seed-0")["results"]["resona"]) == ["64"]
+    assert list(results(tmp_path)["deviation"]["resona"]) == ["64"]  # of both seeds
+    ran.clear()
+    assert run.main([*flags, str(tmp_path), "--lengths", "128"]) == 0  # nothing fits: a table without columns
+
+    def crash(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(run, "evaluate", crash)
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # a bug is no lack of memory
+        run.main([*flags, str(tmp_path), "--lengths", "128"])
+
+
+def test_ablations_change_what_they_say(tmp_path):
+    args, task = run.parse([]), TASKS["copy"]()
+    inputs = torch.as_tensor(task.batch(np.random.default_rng(0))[0])[:2, :40]
+    outputs = [run.ablated(label, task, args)[1](inputs)[0] for label in run.ABLATIONS]
+    for i, j in itertools.combinations(range(len(outputs)), 2):
+        assert not torch.allclose(outputs[i], outputs[j])
+
+
+def test_ablations_train_and_leave_no_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "ABLATIONS", dict(list(run.ABLATIONS.items())[::3]))  # sizes, a class, an encoder
+    flags = ["--ablate", "--steps", "2", "--lengths", "8", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(flags) == 0
+    whole = capsys.readouterr().out.splitlines()[-7:]
+    assert [line[:26].strip() for line in whole[:5]] == [*run.ABLATIONS]
+    assert run.main([*flags, "--resume"]) == 0 and capsys.readouterr().out.splitlines()[-7:] == whole
+    assert len(list(tmp_path.glob("ablate/*/resona.train.pt"))) == 5 and not list(tmp_path.glob("**/resona.pt"))
+
+
+def test_compare_search_reports_recall(tmp_path, capsys, monkeypatch):
+    Resona(ResonaConfig(vocab_size=30, n_list=32, n_probe=4)).save(tmp_path / "m.pt")
+    monkeypatch.setattr(compare_search, "CHUNKS", (200, 600))  # without lists, with them
+    assert compare_search.main([str(tmp_path / "m.pt")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[0] for row in rows] == ["200", "200", "600", "600"] and [row[2] for row in rows[:2]] == ["1.000"] * 2
+    assert all(0.5 < float(row[2]) <= 1 and 0 < float(row[3]) < 1 for row in rows[2:])
+    Resona(ResonaConfig(vocab_size=30, retrieval=False)).save(tmp_path / "plain.pt")
+    for name in ("none.pt", "plain.pt"):
+        assert compare_search.main([str(tmp_path / name)]) == 2
+        assert name in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------- mistakes
+@pytest.mark.parametrize("flags, words", [
+    (["--task", "sort"], ["sort", "mqar"]), (["--seeds", "0"], ["--seeds", "0"]), (["--steps", "0"], ["--steps"]),
+    (["--lengths", "0"], ["--lengths"]), (["--lengths", "64", "--task", "mqar"], ["1 to 63 pairs"]),
+    (["--lengths", "6", "--task", "ngram"], ["7 to"]), (["--lengths", "33", "--task", "recall"], ["even", "33"]),
+    (["--data", "x"], ["--task copy"]), (["--data", "none.txt", "--task", "text"], ["none.txt", "No such file"]),
+    (["--sweep", "--seeds", "3"], ["one seed", "3"]), (["--sweep", "--ablate"], ["--sweep", "--ablate"]),
+    (["--ablate", "--task", "mqar"], ["--task"])])
+def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys):
+    try:
+        status = run.main(["--out", str(tmp_path / "out"), *flags])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    printed = capsys.readouterr()
+    assert (status, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert all(word in printed.err for word in words), printed.err
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(run, "WORLD", 2)
+    with pytest.raises(UserError, match="one process"):
+        run.check(run.parse([]))
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"", ["0 bytes"]), (b"abc" * 1000, ["3000 bytes", "5130"]), (b"abc\xff" * 5000, ["not text in UTF-8", "byte 3"])])
+def test_text_that_cannot_be_used_is_refused(data, words, tmp_path, capsys):
+    (tmp_path / "t").write_bytes(data)
+    assert run.main(["--task", "text", "--data", str(tmp_path / "t"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
