@@ -101,14 +101,15 @@ def accuracy(files: list[str]) -> None:
         if "resona_at_training_top_k" in report:
             curves.setdefault("Resona, k = 4", []).append(report["resona_at_training_top_k"])
     style = {"recurrence": ("recurrence alone", GREY, "s--"), "transformer": ("Transformer, rotary", RED, "v--"),
-             "nope": ("Transformer, no positions", GREEN, "d-."), "Resona, k = 4": ("Resona, k = 4", ORANGE, "o-"),
-             "Resona, k = 16": ("Resona, k = 16", BLUE, "o-")}
+             "Resona, k = 4": ("Resona, k = 4", ORANGE, "o-"), "Resona, k = 16": ("Resona, k = 16", BLUE, "o-"),
+             "nope": ("Transformer, no positions", GREEN, "d:")}
     figure, ax = plt.subplots(figsize=(9, 3.6))
     for name, (label, colour, line) in style.items():
         if name in curves:
             lengths = [int(n) for n in curves[name][0]]
             means = [np.mean([one[str(n)]["token_accuracy"] for one in curves[name]]) for n in lengths]
-            ax.plot(lengths, means, line, color=colour, label=label)
+            hollow = {"mfc": "none", "ms": 11} if name == "nope" else {}  # it lies on Resona's curve
+            ax.plot(lengths, means, line, color=colour, label=label, **hollow)
     ax.axvspan(28, 32, color="0.9")
     ax.text(32.6, 0.02, "longest in\ntraining", fontsize=9.5, va="bottom")
     ax.set_xscale("log", base=2)
