@@ -630,7 +630,7 @@ def _switch(naive: Callable, parallel: Callable, kernel: Callable | None = None)
     @wraps(naive)
     def run(x: Tensor, *args, **options):
         check(IMPLEMENTATION in ("auto", "naive", "parallel", "triton"), f"no IMPLEMENTATION {IMPLEMENTATION!r}")
-        if kernel and (IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and kernels.runs(x)):
+        if kernel and (IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and x.is_cuda):
             try:
                 return kernel(x, *args, **options)
             except NotImplementedError:  # the kernel's word that it cannot take this size
