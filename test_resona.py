@@ -562,7 +562,7 @@ def test_ivf_lists_are_the_same_however_they_were_fed(sample):
     similar, nearest = (c @ whole.centroids.mT).max(-1)
     assert_close(whole.least[:, 0], similar[:, :6].amin(-1))  # of the first SAMPLE·3: one in OUTLIERS is none
     assert torch.equal(whole.member, nearest.where(similar >= whole.least - 1e-6, torch.tensor(3)))
-    assert 0 < (whole.member == 3).sum() < 30
+    assert 0 < (whole.member == 3).sum() < 60
     assert_close(whole.centroids.norm(dim=-1), torch.ones(2, 3))
     for cut in range(31):
         for got, want in zip(update_lists(c, 3, update_lists(c[:, :cut], 3)), whole):
@@ -584,7 +584,7 @@ def test_ivf_finds_what_the_exact_search_does():
     c = clusters()
     q = F.normalize(c[:, ::40] + 0.1 * torch.randn(1, 103, 16), dim=-1)
     exact = search_parallel(q, c, 4, 1, 5000)[1]
-    found = search_ivf(q, c, 4, 1, 5000, update_lists(c, 64), 3)[1]
+    found = search_ivf(q, c, 4, 1, 5000, update_lists(c, 64), 1)[1]
     share = (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean()
     assert 0.9 < share < 1
 
@@ -1037,3 +1037,198 @@ def test_benchmark_says_what_it_needs():
         assert done.stderr.count("\n") == 1 and not done.stdout
 
 
+
+
+# -------------------------------------------------------------------------------------------- train_toy.py
+SCRIPT, TINY = HERE / "train_toy.py", ["--model", "resona", "--lengths", "8", "--device", "cpu", "--out"]
+
+
+def toy(folder, *flags, launch=()):
+    """train_toy.py in a process of its own, on one thread."""
+    return subprocess.Popen([sys.executable, *launch, str(SCRIPT), *TINY, str(folder), *flags], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def training_state(folder):
+    path = folder / "resona.train.pt"
+    return torch.load(path, weights_only=True) if path.exists() else {"losses": []}
+
+
+def assert_same_end(one, two):
+    a, b = training_state(one), training_state(two)
+    assert a["losses"] == b["losses"] and a["rng"] == b["rng"] and a["run"] == b["run"]
+    assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
+    results = [json.loads((folder / "results.json").read_text())["results"] for folder in (one, two)]
+    assert results[0] == results[1]
+
+
+def test_copy_rows_are_as_drawn():
+    rng = np.random.default_rng(0)
+    tokens, scored = copy_string(rng, 3)
+    assert [*tokens[[0, 4, 8]]] == [26, 27, 28] and (tokens[1:4] == tokens[5:8]).all() and tokens.max() < 30
+    assert [*scored] == [False] * 5 + [True] * 4
+    inputs, targets = Copying().batch(rng)
+    assert inputs.shape == targets.shape == (train_toy.BATCH, 220)
+    for x, y in zip(inputs, targets):
+        starts = [*np.flatnonzero(x == 26), len(x) + 1]
+        for start, end in zip(starts[:-2], starts[1:]):  # whole strings
+            n = (end - start - 3) // 2
+            assert 4 <= n <= 32 and (y[start:start + n + 1] == train_toy.IGNORE).all()
+            assert (y[start + n + 1:end - 1] == [*x[start + 1:start + n + 1], 28]).all()
+        assert (y[starts[-2]:] == train_toy.IGNORE).all() or x[-1] != 28  # the last is cut off and not scored
+
+
+@pytest.mark.parametrize("backbone", ["gated", "ssm"])
+def test_the_models_have_equal_parameters(backbone):
+    models = [make_model(name, backbone, Copying()) for name in ("resona", "recurrence", "transformer", "nope")]
+    sizes = [train_toy.count(model) for model in models]
+    assert max(sizes) < 1.01 * min(sizes)
+    assert len({(model.config.n_layer, model.config.d_conv) for model in models}) == 1
+    assert [any(layer.retrieval is not None for layer in model.layers) for model in models] == [True] + [False] * 3
+
+
+def test_default_run_trains_three_models_and_writes_what_it_promises(tmp_path, capsys):
+    assert train_toy.main(["--steps", "2", "--lengths", "8", "12", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert {"task", "seed", "device", "torch", "train_seconds", "parameters", "results"} <= report.keys()
+    assert report["task"] == "copy" and [*report["results"]] == ["recurrence", "resona", "transformer"]
+    assert report["results"]["resona"]["12"].keys() == {"token_accuracy", "sequence_accuracy"}
+    for name in report["results"]:
+        assert f"{report['parameters'][name]:,}" in capsys.readouterr().out or name != "recurrence"
+        assert train_toy.count(Resona.load(tmp_path / f"{name}.pt")) == report["parameters"][name]
+
+
+def test_resona_learns_to_copy(tmp_path):
+    args = train_toy.make_parser(["copy"]).parse_args(["--device", "cpu", "--out", str(tmp_path)])
+    task, model = Copying(), make_model("resona", "gated", Copying())
+    task.steps, task.batch = 80, lambda rng: packed(rng, copy_string, 4, 12, row=70)
+    train_toy.train("resona", model, task, args)
+    score = train_toy.evaluate(model, task.test(np.random.default_rng(1), 12)["12"], "cpu")
+    assert score["token_accuracy"] > 0.9 > score["sequence_accuracy"] - 0.1
+    losses = training_state(tmp_path)["losses"]
+    assert len(losses) == 80 and losses[0] > 3 and losses[-1] < 0.5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_killed_and_resumed_it_ends_bit_for_bit_the_same(tmp_path):
+    """KILLS=50 python -m pytest -s -k killed for more of them."""
+    kills, rng = int(os.environ.get("KILLS", 4)), np.random.default_rng()
+    flags = ["--steps", str(8 * kills), "--save-every", "2"]
+    whole, steps = toy(tmp_path / "whole", *flags), []
+    assert whole.wait() == 0, whole.stderr.read()
+    for _ in range(kills):
+        before, run = len(training_state(tmp_path / "parts")["losses"]), toy(tmp_path / "parts", *flags, "--resume")
+        while run.poll() is None and len(training_state(tmp_path / "parts")["losses"]) == before:
+            time.sleep(0.005)  # until it has saved something new
+        time.sleep(rng.uniform(0, 0.2))  # in a step, in a write or between them
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        steps.append(len(training_state(tmp_path / "parts")["losses"]))
+    assert [0, *steps] == sorted({0, *steps}) and steps[0] < 8 * kills  # every life got further, none came too late
+    last = toy(tmp_path / "parts", *flags, "--resume")
+    assert last.wait() == 0, last.stderr.read()
+    print(f"\nkilled with {steps} of {8 * kills} steps on the disk")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_prints_the_line_that_goes_on(tmp_path):
+    run = toy(tmp_path, "--steps", "1000", "--save-every", "1")
+    while run.poll() is None and not training_state(tmp_path)["losses"]:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    error = run.communicate()[1]
+    assert run.returncode == 130 and "Traceback" not in error
+    again = shlex.split(error.splitlines()[-1].split("python train_toy.py ")[1])
+    assert again == [*TINY, str(tmp_path), "--steps", "1000", "--save-every", "1", "--resume"]
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("PyTorch without gloo")
+    flags = ["--steps", "6", "--save-every", "2"]
+    one = toy(tmp_path / "one", *flags)
+    two = toy(tmp_path / "two", *flags, launch=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    (_, error), (out, more) = one.communicate(), two.communicate()
+    assert one.returncode == two.returncode == 0, error + more
+    assert out.count("written to") == 1  # one of them speaks
+    a, b = (training_state(tmp_path / part) for part in ("one", "two"))
+    np.testing.assert_allclose(a["losses"], b["losses"], rtol=1e-4)
+    assert all(torch.allclose(a["weights"][name], b["weights"][name], atol=1e-3) for name in a["weights"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--steps 0", "--steps must be at least 1, got 0"), ("--steps x", "invalid int value: 'x'"), ("--lr 0", "--lr"),
+    ("--lr nan", "--lr"), ("--seed -1", "--seed"), ("--lengths 0", "--lengths"), ("--task sort", "invalid choice"),
+    ("--backbone attention", "invalid choice"), ("--device tpu9", "--device tpu9"), ("--bogus", "--bogus"),
+    ("--save-every 0", "--save-every"), ("--out /dev/null/x", "/dev/null")])
+def test_bad_flags_are_one_line_and_status_2(flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = train_toy.main(flags.split())
+    except SystemExit as stopped:
+        status = stopped.code
+    error = capsys.readouterr().err
+    assert status == 2 and words in error and len(error.strip().splitlines()) == 1
+
+
+def test_what_goes_wrong_in_a_run_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    def ends(words, *flags):
+        status, error = train_toy.main([*TINY, str(tmp_path), *flags]), capsys.readouterr().err.splitlines()[-1]
+        assert status == 2 and error.startswith("train_toy.py: ") and words in error, error
+
+    assert train_toy.main([*TINY, str(tmp_path), "--steps", "2"]) == 0
+    ends("another run", "--steps", "2", "--seed", "1", "--resume")
+    saved = (tmp_path / "resona.train.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        ends("No space left", "--steps", "3")
+        patch.setattr(train_toy, "train_step", lambda *args: (math.nan, 0.0))
+        ends("diverged at step 1", "--steps", "3")
+    assert (tmp_path / "resona.train.pt").read_bytes() == saved  # the last save is whole
+    (tmp_path / "resona.train.pt").write_bytes(saved[:1000])
+    ends("--resume cannot use", "--steps", "2", "--resume")
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    model, rows = make_model("recurrence", "gated", Copying()), Copying().batch(np.random.default_rng(0))
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = [p.clone() for p in model.parameters()]
+    model.head.weight.register_hook(lambda grad: grad * math.inf)
+    assert math.isnan(train_toy.train_step(model, optimizer, 1e-3, *map(torch.as_tensor, rows))[0])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+# ----------------------------------------------------------------------------------------- tutorial.ipynb
+NOTEBOOK, SOURCES = HERE / "tutorial.ipynb", ("resona.py", "kernels.py", "train_toy.py")
+
+
+def test_notebook_is_stored_as_it_ran():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [one for one in outputs if one["output_type"] == "error" or one.get("name") == "stderr"]
+    assert sum("image/png" in one.get("data", {}) for one in outputs) >= 4
+    assert len(cells) <= 31 and NOTEBOOK.stat().st_size < 500_000
+
+
+def test_notebook_names_what_is_there():
+    text, found = NOTEBOOK.read_text(encoding="utf-8"), 0
+    for file, symbol in re.findall(r"`(\w+\.py)` `((?:def|class) \w+)", text):
+        assert symbol in (HERE / file).read_text(encoding="utf-8"), (file, symbol)
+        found += 1
+    assert found >= 5
+
+
+def test_notebook_runs(tmp_path):
+    """From top to bottom in a fresh kernel, in a folder that holds the three sources and nothing else."""
+    for name in ("matplotlib", "ipykernel"):
+        pytest.importorskip(name)
+    nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
+    for name in SOURCES:
+        shutil.copy(HERE / name, tmp_path)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3",
+                            resources={"metadata": {"path": str(tmp_path)}}).execute()  # raises CellExecutionError
+    assert {path.name for path in tmp_path.iterdir()} <= {*SOURCES, "__pycache__"}  # it writes no files
