@@ -1,0 +1,164 @@
+"""The kernels beyond their equality with the loops: ties, operators, compiled for GPUs that are not there; and what a
+token costs. python -m pytest evidence -k "kernel or costs"; without Triton most of it is skipped."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from test_resona import (DEVICE, GPU, needs_triton, one_line, python, random_tokens, scan_inputs, search_inputs,
+                         small_model, small_tiles)  # noqa: F401  (small_tiles is a fixture)
+
+import kernels
+import resona
+from resona import Resona, ResonaConfig, search_naive
+
+
+@needs_triton
+@pytest.mark.parametrize("top_k", [1, 4, 9])
+def test_kernel_search_opens_a_chunk_once_though_scores_are_equal(top_k, small_tiles):
+    q, c = (torch.randint(-2, 3, (2, n, 3)).float().to(DEVICE) for n in (50, 50))
+    score, index = kernels.search(q, c, top_k, 1)
+    assert torch.equal(score, search_naive(q, c, top_k, 1)[0])
+    for t in range(50):
+        for row in index[:, t].tolist():
+            found = [m for m in row if m >= 0]
+            assert len(found) == min(t, top_k) == len(set(found)) and all(m < t for m in found)
+    scores = (q @ c.mT).gather(2, index.clamp(min=0)).masked_fill(index < 0, -math.inf)
+    assert torch.equal(scores, score)
+
+
+@needs_triton
+def test_kernels_are_sound_custom_operators(small_tiles):
+    a, b, h0 = (x.detach().to(DEVICE).requires_grad_() for x in scan_inputs(1, 5, 3, torch.float32))
+    torch.library.opcheck(kernels.scan_op, (a, b, h0))
+    torch.library.opcheck(kernels.scan_backward_op, tuple(x.detach() for x in (a, b, h0, b)))
+    q, c = (x.detach().to(DEVICE).requires_grad_() for x in search_inputs(1, 9, 4, 3, torch.float32))
+    torch.library.opcheck(kernels.search_op, (q, c, 2, 2, 0))
+
+
+@needs_triton
+@pytest.mark.parametrize("backbone", ["gated", "ssm"])
+def test_model_on_kernels_matches_parallel_and_compiles_whole(backbone, small_tiles, monkeypatch):
+    model = small_model(backbone, n_layer=1).float().to(DEVICE)
+    tokens = torch.randint(0, 11, (1, 13), device=DEVICE)
+    monkeypatch.setattr(resona, "IMPLEMENTATION", "parallel")
+    want = model(tokens)[0]
+    monkeypatch.setattr(resona, "IMPLEMENTATION", "triton")
+    used = []
+    monkeypatch.setattr(kernels, "launch_scan", lambda *args, launch=kernels.launch_scan, **kwargs: (
+        used.append(0), launch(*args, **kwargs)))
+    got = model(tokens)[0]
+    assert used
+    assert_close(got, want)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens)[0]
+    assert_close(compiled, want)
+    grads = [torch.autograd.grad(x.square().sum(), list(model.parameters())) for x in (compiled, want)]
+    assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_refuse_what_does_not_fit_together():
+    x, h0 = torch.rand(2, 5, 3, device=DEVICE), torch.rand(2, 3, device=DEVICE)
+    for a, b, h in ((x, x[:, :2], h0), (x[0], x[0], None), (x, x, h0[:1]), (x[:1], x, h0)):
+        one_line(ValueError, lambda: kernels.scan(a, b, h), str(tuple(a.shape)), str(tuple(b.shape)))
+    for q, c in ((x, x[:1]), (x, x[..., :2]), (x, h0)):
+        one_line(ValueError, lambda: kernels.search(q, c, 1, 1), str(tuple(q.shape)), str(tuple(c.shape)))
+    for call in (lambda: kernels.scan(x, x.half()), lambda: kernels.search(x, x.half(), 1, 1)):
+        one_line(ValueError, call, "float32", "float16")
+    for numbers in ((0, 1), (1, 0), (1, 1, -1)):
+        one_line(ValueError, lambda: kernels.search(x, x, *numbers), *map(str, numbers))
+
+
+def test_everything_imports_without_triton():
+    done = python("-c", "import sys; sys.modules['triton'] = None\n"
+                        "import torch, kernels, resona\n"
+                        "x = torch.rand(1, 5, 2)\n"
+                        "assert not kernels.HAS_TRITON and not kernels.runs(x)\n"
+                        "for call in (lambda: kernels.scan(x, x), lambda: kernels.search(x, x, 1, 1)):\n"
+                        "    try: call()\n"
+                        "    except NotImplementedError as error: assert 'no Triton' in str(error), error\n"
+                        "    else: assert False\n"
+                        "assert torch.equal(resona.scan(x, x), resona.scan_parallel(x, x))\n"
+                        "resona.Resona(resona.ResonaConfig(5)).generate(torch.zeros(1, 9, dtype=torch.long), 2)")
+    assert done.returncode == 0, done.stderr
+
+
+COMPILE = """
+import os, re, subprocess, tempfile, triton, kernels
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+def build(kernel, target, pointers, constants, warps):
+    signature = {name: pointers.get(name, "constexpr" if name in constants else "i32")
+                 for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+def stack(cubin):  # bytes of registers spilled
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        open(path, "wb").write(cubin)
+        tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
+        usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True).stdout
+    return int(re.search(r"STACK:(\\d+)", usage)[1])
+
+def show(kernel, *what):
+    print(*what, stack(kernel.asm["cubin"]) if target is CUDA else "hip", kernel.metadata.shared)
+
+CUDA, HIP = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
+for target in (CUDA, HIP):
+    for dtype in ("fp32", "fp16", "bf16"):
+        for backward in (False, True):
+            pointers = dict.fromkeys(("a", "b", "h0", "h", "out", "da"), "*" + dtype)
+            pointers.update(block_a="*fp32", block_b="*fp32")
+            sizes = {"BACKWARD": backward, "BT": kernels.BT, "BD": kernels.BD}
+            for kernel in (kernels.summary_kernel, kernels.scan_kernel):
+                show(build(kernel, target, pointers, sizes, 1), kernel.__name__, dtype, backward)
+    for slots, width in ((1, 64), (8, 64), (64, 64), (8, kernels.MAX_WIDTH)):
+        sizes = {"BQ": kernels.BQ, "BM": kernels.BM, "SP": width, "KP": slots}
+        pointers = {"q": "*fp32", "c": "*fp32", "best": "*i64"}
+        show(build(kernels.search_kernel, target, pointers, sizes, 8), "search_kernel", slots, False)
+assert all(p.do_not_specialize == (p.name in ("M", "offset")) for p in kernels.search_kernel.params)
+"""
+
+
+@needs_triton
+def test_kernels_compile_for_gpus_and_do_not_spill_forward():
+    done = python("-c", COMPILE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 2 * (3 * 2 * 2 + 4) and sum(row[3] == "hip" for row in rows) == len(rows) // 2
+    print(done.stdout)
+    spilled = [row for row in rows if row[2] == "False" and row[3] not in ("hip", "0")]
+    assert not spilled
+    for *_, target, shared in rows:  # bytes of shared memory that a block may use on an H100 and on an MI300
+        assert int(shared) <= (65536 if target == "hip" else 232448), rows
+
+
+def test_benchmark_says_what_it_needs():
+    if not GPU:
+        done = python("-m", "evidence.benchmark_kernels")
+        assert done.returncode == 2 and "needs Triton and a CUDA GPU" in done.stderr
+        assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+@torch.no_grad()
+def test_a_token_costs_the_same_after_a_long_prompt():
+    model = Resona(ResonaConfig(30))
+    states = {n: model(random_tokens(1, n, 30))[1] for n in (256, 4096)}
+    token = torch.zeros(1, 1, dtype=torch.int64)
+
+    def seconds(state):  # 16 tokens: four chunks are finished on the way
+        start = time.perf_counter()
+        for _ in range(16):
+            _, state = model(token, state)
+        return time.perf_counter() - start
+
+    pairs = [(seconds(states[256]), seconds(states[4096])) for _ in range(30)]
+    short, long = (min(times) / 16 * 1e3 for times in zip(*pairs))  # what else the machine does only adds time
+    print(f"\nms per token after 256 tokens {short:.2f}, after 4,096 {long:.2f}, ratio {long / short:.2f}")
+    assert long < 1.5 * short
