@@ -1,4 +1,4 @@
-"""Tests: python -m pytest. None needs a GPU; on two CPU cores all of them take four minutes.
+"""Tests: python -m pytest. None needs a GPU; on two CPU cores all of them take about five minutes.
 
 The rooms come in the order of the files: resona.py, kernels.py, train_toy.py, tutorial.ipynb. The naive functions
 are the specification: they are tested against equations written out here, and each fast twin against them, in
