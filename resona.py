@@ -453,8 +453,35 @@ def _scores(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
     """The dot products of q: (B, L, S) with the chosen of c: (B, M, S), by index: (B, L, K); -inf where it is -1."""
     if c.shape[1] == 0:
         return q.new_full(index.shape, -math.inf)
-    chosen = c.flatten(0, 1)[_rows(index, c.shape[1])]  # (B, L, K, S)
-    return (chosen @ q.unsqueeze(-1)).squeeze(-1).masked_fill(index < 0, -math.inf)
+    score = _Scores.apply(q.flatten(0, 1), c.flatten(0, 1), _rows(index, c.shape[1]).flatten(0, 1))
+    return score.view(index.shape).masked_fill(index < 0, -math.inf)
+
+
+class _Scores(torch.autograd.Function):
+    """score[t, i] = q[t]·c[rows[t, i]], a block of queries at a time, so that what they gather stays in the cache."""
+
+    @staticmethod
+    def forward(ctx, q, c, rows):
+        ctx.save_for_backward(q, c, rows)
+        return torch.cat([(chosen @ q[t].unsqueeze(2)).squeeze(2) for t, chosen in _gather(c, rows)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dscore):
+        q, c, rows = ctx.saved_tensors
+        dq, dc = torch.empty_like(q), torch.zeros_like(c)
+        for t, chosen in _gather(c, rows):
+            dq[t] = (dscore[t].unsqueeze(1) @ chosen).squeeze(1)
+            dc.index_add_(0, rows[t].flatten(), (dscore[t].unsqueeze(2) * q[t].unsqueeze(1)).flatten(0, 1))
+        return dq, dc, None
+
+
+def _gather(table: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a table (R, width) by rows: (T, K), n of the T at a time: which (a slice), and what they gather:
+    (n, K, width), about a quarter of a million numbers."""
+    n = max(1, 2**18 // (rows.shape[1] * table.shape[1]))
+    for t in (slice(start, start + n) for start in range(0, len(rows), n)):
+        yield t, table.index_select(0, rows[t].flatten()).view(-1, rows.shape[1], table.shape[1])
 
 
 def _rows(index: Tensor, M: int) -> Tensor:
@@ -464,8 +491,9 @@ def _rows(index: Tensor, M: int) -> Tensor:
 
 
 # 3. Attend. Keys and values of the chosen chunks are gathered for a block of queries at a time, few enough to stay
-#    in the processor's cache. Autograd would keep what is gathered, (B, L, K, U, H, E), for the backward pass,
-#    and would make a gradient of all keys for each block; here they are gathered again, and added into one.
+#    in the processor's cache. All heads take part in one matrix product: a query becomes a matrix with a row for
+#    each head, zero outside the head's own E columns. That multiplies H times too much, but moves nothing. Autograd
+#    would keep what is gathered for the backward pass; here it is gathered again, and gradients are added into one.
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """The same as attend_naive for a block of queries at once."""
@@ -475,7 +503,8 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     score, index = score[..., :few], index[..., :few]
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K)
-    return _Attend.apply(q, k, v, log_p, index).masked_fill(nothing.unsqueeze(-1), 0)
+    r = _Attend.apply(q.flatten(0, 1), k, v, log_p.flatten(0, 1), _rows(index, k.shape[1]).flatten(0, 1))
+    return r.view(q.shape).masked_fill(nothing.unsqueeze(-1), 0)
 
 
 class _Attend(torch.autograd.Function):
@@ -483,40 +512,52 @@ class _Attend(torch.autograd.Function):
     dq = Σ_j d(logit)_j·k_j / √E,   dk_j = d(logit)_j·q / √E,   d(log p) of a chunk = Σ over its tokens and heads."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_p, index):
-        ctx.save_for_backward(q, k, v, log_p, index)
+    def forward(ctx, q, k, v, log_p, rows):
+        ctx.save_for_backward(q, k, v, log_p, rows)
         r = torch.empty_like(q)
-        for t, w, _, values, _ in _attend_blocks(q, k, v, log_p, index):
-            r[:, t] = torch.einsum("blkuh,blkuhe->blhe", w, values)
+        for t, _, _, values, w in _attend_blocks(q, k, v, log_p, rows):
+            r[t] = _own(w @ values)
         return r
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dr):
-        q, k, v, log_p, index = ctx.saved_tensors
-        dq, dk, dv, dlog_p = (torch.zeros_like(x) for x in (q, k.flatten(0, 1), v.flatten(0, 1), log_p))
-        scale = 1 / math.sqrt(q.shape[-1])
-        for t, w, keys, values, rows in _attend_blocks(q, k, v, log_p, index):
-            dw = torch.einsum("blhe,blkuhe->blkuh", dr[:, t], values)
-            dlogit = w * (dw - (w * dw).sum((2, 3), keepdim=True))
-            dq[:, t] = torch.einsum("blkuh,blkuhe->blhe", dlogit, keys) * scale
-            dlog_p[:, t] = dlogit.sum((3, 4))
-            dk.index_add_(0, rows.flatten(), ((dlogit * scale).unsqueeze(-1) * q[:, t, None, None]).flatten(0, 2))
-            dv.index_add_(0, rows.flatten(), (w.unsqueeze(-1) * dr[:, t, None, None]).flatten(0, 2))
+        q, k, v, log_p, rows = ctx.saved_tensors
+        dq, dlog_p = torch.empty_like(q), torch.empty_like(log_p)
+        dk, dv = (x.new_zeros(x.shape[0] * x.shape[1], x[0, 0].numel()) for x in (k, v))  # (B·M, U·D)
+        for t, queries, keys, values, w in _attend_blocks(q, k, v, log_p, rows):
+            douts = _spread(dr[t])
+            dw = douts @ values.mT  # (n, H, J)
+            dlogit = w * (dw - (w * dw).sum(2, keepdim=True))
+            dq[t] = _own(dlogit @ keys) / math.sqrt(q.shape[2])
+            dlog_p[t] = dlogit.sum(1).unflatten(1, (rows.shape[1], -1)).sum(2)
+            for total, part in ((dk, dlogit.mT @ queries), (dv, w.mT @ douts)):  # (n, J, D)
+                total.index_add_(0, rows[t].flatten(), part.view(-1, total.shape[1]))
         return dq, dk.view_as(k), dv.view_as(v), dlog_p, None
 
 
-def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, index: Tensor) -> Iterator[tuple]:
-    """Queries that gather about a million numbers of keys at a time: which (a slice), their weights (B, L, K, U, H), the
-    gathered keys and values (B, L, K, U, H, E), and the chunks' rows in a table of all."""
-    size = max(1, 2**20 // (index.shape[2] * k[:, :1].numel()))
-    for start in range(0, q.shape[1], size):
-        t = slice(start, start + size)
-        rows = _rows(index[:, t], k.shape[1])  # (B, L, K)
-        keys, values = k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]
-        logit = torch.einsum("blhe,blkuhe->blkuh", q[:, t], keys) / math.sqrt(q.shape[-1])
-        logit = logit + log_p[:, t, :, None, None]
-        yield t, logit.flatten(2, 3).softmax(2).view_as(logit), keys, values, rows
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, rows: Tensor) -> Iterator[tuple]:
+    """n of the queries q: (B·L, H, E) at a time: which (a slice); these, spread and scaled (n, H, D); the J = K·U keys
+    and values that each gathers, by rows of the table of all chunks (n, J, D); the weights (n, H, J)."""
+    (_, H, E), U = q.shape, k.shape[2]
+    for (t, keys), (_, values) in zip(*(_gather(x.flatten(0, 1).flatten(1), rows) for x in (k, v))):
+        keys, values = (x.view(len(x), -1, H * E) for x in (keys, values))
+        queries = _spread(q[t] / math.sqrt(E))
+        logit = queries @ keys.mT + log_p[t].repeat_interleave(U, 1).unsqueeze(1)
+        yield t, queries, keys, values, logit.softmax(2)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """(n, H, E) -> (n, H, H·E): a row for each head, zero where the columns are another head's."""
+    n, H, E = x.shape
+    out = x.new_zeros(n, H, H, E)
+    out.diagonal(dim1=1, dim2=2).copy_(x.mT)
+    return out.flatten(2)
+
+
+def _own(x: Tensor) -> Tensor:
+    """(n, H, H·E) -> (n, H, E), of each head's row its own part."""
+    return x.unflatten(2, (x.shape[1], -1)).diagonal(dim1=1, dim2=2).mT
 
 
 # 4. The inverted file (IVF, as in FAISS): similar chunks stand in one of n_list lists, each with a centroid, the
