@@ -191,9 +191,10 @@ class Retrieval(nn.Module):
         u = torch.cat([z.new_zeros(len(z), 1, z.shape[2]) if past is None else past.u, u], dim=1)
         z = z if past is None else torch.cat([past.z, z], dim=1)
         end = z.shape[1] // self.chunk_size * self.chunk_size  # tokens whose chunks are finished now
+        if past is not None and end == 0:
+            return past._replace(u=u, z=z)
         new = self.encode(u[:, :end + 1], z[:, :end])
-        if past is not None:
-            new = [torch.cat(pair, dim=1) if end else pair[0] for pair in zip(past[:3], new)]
+        new = new if past is None else [append(*pair) for pair in zip(past[:3], new)]
         return Memory(*new, u[:, end:].clone(), z[:, end:].clone())
 
     def encode(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -337,13 +338,14 @@ class SelectiveSSM(nn.Module):
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "ssm": SelectiveSSM}
 BRANCHES = {"exact": lambda c: Retrieval(c.d_model, c.n_head, c.chunk_size, c.top_k, c.d_search)}
 scan, search, attend = scan_naive, search_naive, attend_naive  # Part II puts fast ones in their place, and checks
+append = lambda past, new: torch.cat([past, new], dim=1)  # noqa: E731
 check_config = check_call = check_generate = check_branch = check_scan = check_search = lambda *_: None
 # ============================================================================================= END OF PART I
 
 
 # ==================================================================================== PART II: THE SAME, FAST
 # 1 scan, 2 search, 3 attend: as in Part I, which tests hold them equal to, in values and in gradients.
-# 4 an approximate search.   5 the switch.   6 for use: a look inside, files, states.   7 checks of input.
+# 4 an approximate search.   5 memory that grows.   6 the switch.   7 for use: a look inside, files, states.   8 checks.
 
 from dataclasses import asdict, fields
 from functools import wraps
@@ -421,8 +423,7 @@ def _scan_grid(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, backwards: bool = 
 
 
 # 2. The search. A block of queries meets all chunks that ended before its last one in one matrix product. Which
-#    chunks win is found without a graph; the winners' scores are computed again with one, so only they get a
-#    gradient, and memory grows with L·K.
+#    chunks win is found without a graph; then the winners' scores alone get a gradient, so memory grows with L·K.
 
 def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     """The same as search_naive for a block of queries at once, with some four million scores at a time."""
@@ -432,68 +433,75 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
     (B, L, _), M = q.shape, c.shape[1]
     block = max(1, min(256, 2**22 // max(1, B * M)))
     with torch.no_grad():
-        index = torch.cat([_best_chunks(q[:, t:t + block], c, top_k, chunk_size, offset + t)
-                           for t in range(0, L, block)], dim=1)
-    return _scores(q, c, index), index
+        found = [_best_chunks(q[:, t:t + block], c, top_k, chunk_size, offset + t) for t in range(0, L, block)]
+        score, index = (torch.cat(parts, dim=1) for parts in zip(*found))
+    return _Winners.apply(q, c, index, score) if M else score, index
 
 
-def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> Tensor:
-    """q: (B, L, S), c: (B, M, S) -> index: (B, L, top_k)."""
+def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
+    """q: (B, L, S), c: (B, M, S) -> score, index: (B, L, top_k)."""
     L, M = q.shape[1], c.shape[1]
-    ended = torch.arange(offset, offset + L, device=q.device) // chunk_size  # chunks that each query may see
     all_see, some_see = min(M, offset // chunk_size), min(M, (offset + L - 1) // chunk_size)
     score = q @ c[:, :some_see].mT  # (B, L, some_see)
-    hidden = torch.arange(all_see, some_see, device=q.device) >= ended.unsqueeze(1)
-    score[..., all_see:].masked_fill_(hidden, -math.inf)
-    best, index = score.topk(min(top_k, some_see))
-    return F.pad(index.masked_fill_(best == -math.inf, -1), (0, top_k - index.shape[-1]), value=-1)
+    if all_see < some_see:
+        ended = torch.arange(offset, offset + L, device=q.device) // chunk_size  # chunks that each query may see
+        hidden = torch.arange(all_see, some_see, device=q.device) >= ended.unsqueeze(1)
+        score[..., all_see:].masked_fill_(hidden, -math.inf)
+    score, index = score.topk(min(top_k, some_see))
+    if all_see < top_k:
+        missing = (0, top_k - index.shape[-1])
+        score, index = F.pad(score, missing, value=-math.inf), F.pad(index, missing, value=-1)
+        index = index.masked_fill(score == -math.inf, -1)
+    return score, index
 
 
-def _scores(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
-    """The dot products of q: (B, L, S) with the chosen of c: (B, M, S), by index: (B, L, K); -inf where it is -1."""
-    if c.shape[1] == 0:
-        return q.new_full(index.shape, -math.inf)
-    score = _Scores.apply(q.flatten(0, 1), c.flatten(0, 1), _rows(index, c.shape[1]).flatten(0, 1))
-    return score.view(index.shape).masked_fill(index < 0, -math.inf)
-
-
-class _Scores(torch.autograd.Function):
-    """score[t, i] = q[t]·c[rows[t, i]], a block of queries at a time, so that what they gather stays in the cache."""
+class _Winners(torch.autograd.Function):
+    """The scores of the winners, q[t]·c[index[t, i]], with their gradient to q and c; computed, unless they are known."""
 
     @staticmethod
-    def forward(ctx, q, c, rows):
-        ctx.save_for_backward(q, c, rows)
-        return torch.cat([(chosen @ q[t].unsqueeze(2)).squeeze(2) for t, chosen in _gather(c, rows)])
+    def forward(ctx, q, c, index, score=None):
+        ctx.save_for_backward(q, c, index)
+        if score is None:
+            queries = q.flatten(0, 1)
+            score = torch.cat([(queries[t].unsqueeze(1) * chosen).sum(2) for t, chosen in _gather(*_table(c, index))])
+        return score.view(index.shape).masked_fill(index < 0, -math.inf)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dscore):
-        q, c, rows = ctx.saved_tensors
-        dq, dc = torch.empty_like(q), torch.zeros_like(c)
-        for t, chosen in _gather(c, rows):
+        q, c, index = ctx.saved_tensors
+        table, rows = _table(c.contiguous(), index)
+        q, dq, dc = q.flatten(0, 1), torch.empty_like(q).flatten(0, 1), torch.zeros_like(table)
+        dscore = dscore.masked_fill(index < 0, 0).flatten(0, 1)  # (B·L, K)
+        for t, chosen in _gather(table, rows):
             dq[t] = (dscore[t].unsqueeze(1) @ chosen).squeeze(1)
             dc.index_add_(0, rows[t].flatten(), (dscore[t].unsqueeze(2) * q[t].unsqueeze(1)).flatten(0, 1))
-        return dq, dc, None
+        return dq.view(*index.shape[:2], -1), dc.view(c.shape), None, None
+
+
+def _table(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """x: (B, M, ...), index: (B, L, K) -> the chunks of all rows of the batch below each other, (R, width), and where in
+    it the chosen stand: (B·L, K), chunk 0 for an empty slot. Nothing is copied, even where append has left room."""
+    (B, M), width = x.shape[:2], math.prod(x.shape[2:])
+    if not (x[:1].is_contiguous() and x.stride(0) % width == 0 and x.stride(0) >= M * width):
+        x = x.contiguous()
+    step = x.stride(0) // width if B > 1 else M  # rows of the table between the rows of the batch
+    first = step * torch.arange(B, device=x.device).view(B, 1, 1)
+    return x.as_strided(((B - 1) * step + M, width), (width, 1)), (index.clamp(min=0) + first).flatten(0, 1)
 
 
 def _gather(table: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a table (R, width) by rows: (T, K), n of the T at a time: which (a slice), and what they gather:
-    (n, K, width), about a quarter of a million numbers."""
+    (n, K, width), about a quarter of a million numbers, which stay in the processor's cache."""
     n = max(1, 2**18 // (rows.shape[1] * table.shape[1]))
     for t in (slice(start, start + n) for start in range(0, len(rows), n)):
         yield t, table.index_select(0, rows[t].flatten()).view(-1, rows.shape[1], table.shape[1])
 
 
-def _rows(index: Tensor, M: int) -> Tensor:
-    """Chunk numbers (B, ...) -> rows of a table (B·M, ...); of an empty slot that of chunk 0."""
-    first = M * torch.arange(len(index), device=index.device)
-    return index.clamp(min=0) + first.view(-1, *[1] * (index.ndim - 1))
-
-
-# 3. Attend. Keys and values of the chosen chunks are gathered for a block of queries at a time, few enough to stay
-#    in the processor's cache. All heads take part in one matrix product: a query becomes a matrix with a row for
-#    each head, zero outside the head's own E columns. That multiplies H times too much, but moves nothing. Autograd
-#    would keep what is gathered for the backward pass; here it is gathered again, and gradients are added into one.
+# 3. Attend. Keys and values of the chosen chunks are gathered for a block of queries at a time. All heads take part
+#    in one matrix product: a query becomes a matrix with a row for each head, zero outside the head's own E columns.
+#    That multiplies H times too much, but moves nothing. Autograd would keep what is gathered for the backward pass;
+#    here it is gathered again, and gradients are added into one table.
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """The same as attend_naive for a block of queries at once."""
@@ -503,8 +511,7 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     score, index = score[..., :few], index[..., :few]
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K)
-    r = _Attend.apply(q.flatten(0, 1), k, v, log_p.flatten(0, 1), _rows(index, k.shape[1]).flatten(0, 1))
-    return r.view(q.shape).masked_fill(nothing.unsqueeze(-1), 0)
+    return _Attend.apply(q, k, v, log_p, index).masked_fill(nothing.unsqueeze(-1), 0)
 
 
 class _Attend(torch.autograd.Function):
@@ -512,47 +519,45 @@ class _Attend(torch.autograd.Function):
     dq = Σ_j d(logit)_j·k_j / √E,   dk_j = d(logit)_j·q / √E,   d(log p) of a chunk = Σ over its tokens and heads."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_p, rows):
-        ctx.save_for_backward(q, k, v, log_p, rows)
+    def forward(ctx, q, k, v, log_p, index):
+        ctx.save_for_backward(q, k, v, log_p, index)
         r = torch.empty_like(q)
-        for t, _, _, values, w in _attend_blocks(q, k, v, log_p, rows):
-            r[t] = _own(w @ values)
+        for t, _, _, _, values, w in _attend_blocks(q, k, v, log_p, index):
+            r.flatten(0, 1)[t] = _own(w @ values)
         return r
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dr):
-        q, k, v, log_p, rows = ctx.saved_tensors
-        dq, dlog_p = torch.empty_like(q), torch.empty_like(log_p)
-        dk, dv = (x.new_zeros(x.shape[0] * x.shape[1], x[0, 0].numel()) for x in (k, v))  # (B·M, U·D)
-        for t, queries, keys, values, w in _attend_blocks(q, k, v, log_p, rows):
+        q, k, v, log_p, index = (x.contiguous() for x in ctx.saved_tensors)
+        K, dr, dq, dlog_p = index.shape[2], dr.flatten(0, 1), torch.empty_like(q), torch.empty_like(log_p)
+        dk, dv = (torch.zeros_like(_table(x, index)[0]) for x in (k, v))
+        for t, rows, queries, keys, values, w in _attend_blocks(q, k, v, log_p, index):
             douts = _spread(dr[t])
             dw = douts @ values.mT  # (n, H, J)
             dlogit = w * (dw - (w * dw).sum(2, keepdim=True))
-            dq[t] = _own(dlogit @ keys) / math.sqrt(q.shape[2])
-            dlog_p[t] = dlogit.sum(1).unflatten(1, (rows.shape[1], -1)).sum(2)
+            dq.flatten(0, 1)[t] = _own(dlogit @ keys) / math.sqrt(q.shape[3])
+            dlog_p.flatten(0, 1)[t] = dlogit.sum(1).unflatten(1, (K, -1)).sum(2)
             for total, part in ((dk, dlogit.mT @ queries), (dv, w.mT @ douts)):  # (n, J, D)
-                total.index_add_(0, rows[t].flatten(), part.view(-1, total.shape[1]))
-        return dq, dk.view_as(k), dv.view_as(v), dlog_p, None
+                total.index_add_(0, rows, part.view(-1, total.shape[1]))
+        return dq, dk.view(k.shape), dv.view(v.shape), dlog_p, None
 
 
-def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, rows: Tensor) -> Iterator[tuple]:
-    """n of the queries q: (B·L, H, E) at a time: which (a slice); these, spread and scaled (n, H, D); the J = K·U keys
-    and values that each gathers, by rows of the table of all chunks (n, J, D); the weights (n, H, J)."""
-    (_, H, E), U = q.shape, k.shape[2]
-    for (t, keys), (_, values) in zip(*(_gather(x.flatten(0, 1).flatten(1), rows) for x in (k, v))):
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, index: Tensor) -> Iterator[tuple]:
+    """n of all queries at a time: which (a slice); the rows of the table of chunks that they gather (n·K); the queries,
+    spread and scaled (n, H, D); keys and values of the J = K·U tokens of each (n, J, D); the weights (n, H, J)."""
+    (H, E), U, q, log_p = q.shape[2:], k.shape[2], q.flatten(0, 1), log_p.flatten(0, 1)
+    (keys, rows), (values, _) = _table(k, index), _table(v, index)
+    for (t, keys), (_, values) in zip(_gather(keys, rows), _gather(values, rows)):
         keys, values = (x.view(len(x), -1, H * E) for x in (keys, values))
         queries = _spread(q[t] / math.sqrt(E))
-        logit = queries @ keys.mT + log_p[t].repeat_interleave(U, 1).unsqueeze(1)
-        yield t, queries, keys, values, logit.softmax(2)
+        logit = queries @ keys.mT + log_p[t].unsqueeze(2).expand(-1, -1, U).flatten(1).unsqueeze(1)
+        yield t, rows[t].flatten(), queries, keys, values, logit.softmax(2)
 
 
 def _spread(x: Tensor) -> Tensor:
     """(n, H, E) -> (n, H, H·E): a row for each head, zero where the columns are another head's."""
-    n, H, E = x.shape
-    out = x.new_zeros(n, H, H, E)
-    out.diagonal(dim1=1, dim2=2).copy_(x.mT)
-    return out.flatten(2)
+    return (x.unsqueeze(2) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device).unsqueeze(2)).flatten(2)
 
 
 def _own(x: Tensor) -> Tensor:
@@ -621,7 +626,7 @@ def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, l
             probed = F.pad(_nearest(q[:, few:], lists.centroids, min(n_probe, n_list))[1], (0, 1), value=n_list)
             for i in range(len(q)):
                 index[i, few:] = _probe(q[i, few:], c[i], top_k, chunk_size, offset + few, probed[i], lists.member[i])
-    return _scores(q, c, index), index
+    return (_Winners.apply(q, c, index) if c.shape[1] else index.to(wide) * math.inf), index
 
 
 def _probe(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, probed: Tensor, member: Tensor) -> Tensor:
@@ -661,7 +666,26 @@ BRANCHES["ivf"] = lambda c: RetrievalIVF(
     c.d_model, c.n_head, c.chunk_size, c.top_k, c.d_search, n_list=c.n_list, n_probe=c.n_probe)
 
 
-# 5. The switch. "auto" takes the Triton kernel where there is one that runs on these tensors, and else PyTorch.
+# 5. Memory that grows. Reading token by token, torch.cat would copy all of a long text each time a chunk is finished.
+#    So rows stand at the start of a buffer twice as long, and new ones are written behind them: no state that was
+#    returned changes, as each sees only its own rows. Whoever goes on from a state a second time finds the room
+#    taken, and gets a buffer of his own.
+
+def append(past: Tensor, new: Tensor) -> Tensor:
+    """torch.cat([past, new], dim=1)."""
+    (n, end), buffer = (past.shape[1], past.shape[1] + new.shape[1]), getattr(past, "buffer", None)
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return torch.cat([past, new], dim=1)
+    if buffer is None or buffer.filled != n or end > buffer.shape[1]:
+        buffer = past.new_empty(len(past), 2 * end, *past.shape[2:])
+        buffer[:, :n] = past
+    buffer[:, n:end] = new
+    buffer.filled, out = end, buffer[:, :end]
+    out.buffer = buffer  # only this very tensor leads to the room, nothing that is made from it
+    return out
+
+
+# 6. The switch. "auto" takes the Triton kernel where there is one that runs on these tensors, and else PyTorch.
 
 IMPLEMENTATION = "auto"  # or "naive", "parallel", "triton"
 
@@ -686,7 +710,7 @@ search = _switch(search_naive, search_parallel, kernels.search)
 attend = _switch(attend_naive, attend_parallel)
 
 
-# 6. For use: methods of the classes of Part I, which the lesson does not need.
+# 7. For use: methods of the classes of Part I, which the lesson does not need.
 
 @torch.no_grad()
 def inspect(self: Resona, tokens: Tensor, top_k: int | None = None) -> list[dict[str, Tensor]]:
@@ -726,7 +750,7 @@ def detach(self: State) -> State:
 Resona.inspect, Resona.save, Resona.load, State.detach = inspect, save, classmethod(load), detach
 
 
-# 7. Checks, where the public enters: one line that names what, which value, and what is allowed.
+# 8. Checks, where the public enters: one line that names what, which value, and what is allowed.
 
 def check(ok: bool, message: str) -> None:
     if not ok:
