@@ -29,7 +29,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from resona import BACKBONES, Resona, ResonaConfig
+from resona import BACKBONES, Resona, ResonaConfig, append
 
 # ------------------------------------------------------------------- what is common to all tasks and models
 MODELS = ("recurrence", "resona", "transformer")  # and, if asked for, "nope": a Transformer without positions
@@ -118,22 +118,22 @@ class CausalAttention(nn.Module):
         self.output = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, u: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple]:
-        L, past = u.shape[1], 0 if state is None else state[0].shape[2]
-        q, k, v = self.qkv(u).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, E)
+        L, past = u.shape[1], 0 if state is None else state[0].shape[1]
+        q, k, v = self.qkv(u).unflatten(2, (3, self.n_head, -1)).unbind(2)  # (B, L, H, E)
         if self.rotary:
             q, k = rotate(q, past), rotate(k, past)
-        if state is not None:
-            k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+        state = (k, v) if state is None else (append(state[0], k), append(state[1], v))
+        q, k, v = (x.transpose(1, 2) for x in (q, *state))  # (B, H, L, E)
         mask = torch.ones(L, past + L, dtype=torch.bool, device=u.device).tril(past) if past and L > 1 else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past and L > 1)
-        return self.output(y.transpose(1, 2).flatten(2)), (k, v)
+        return self.output(y.transpose(1, 2).flatten(2)), state
 
 
 def rotate(x: Tensor, past: int) -> Tensor:
-    """Turn each pair of channels of x: (B, H, L, E) by an angle proportional to its position."""
+    """Turn each pair of channels of x: (B, L, H, E) by an angle proportional to its position."""
     x1, x2 = x.chunk(2, dim=-1)
-    position, pair = (torch.arange(n, device=x.device) for n in (past + x.shape[2], x1.shape[3]))
-    angle = position[past:, None] * 10000.0 ** (-pair / len(pair))  # (L, E/2)
+    position, pair = (torch.arange(n, device=x.device) for n in (past + x.shape[1], x1.shape[3]))
+    angle = position[past:, None, None] * 10000.0 ** (-pair / len(pair))  # (L, 1, E/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
