@@ -635,10 +635,14 @@ def _probe(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, probe
     (L, P), n_list = probed.shape, int(probed.max())
     value = q.new_full((L * P, top_k), -math.inf)  # a row for each pair
     index = torch.full(value.shape, -1, device=q.device)
-    pairs, chunks = (x.argsort(stable=True).split(x.bincount(minlength=n_list + 1).tolist())
-                     for x in (probed.flatten(), member))
-    for pair, chunk in zip(pairs, chunks):
-        for pair in pair.split(max(1, 2**22 // len(chunk))) if len(chunk) else ():
+    if L == 1:  # its lists as one
+        wanted = torch.zeros(n_list + 1, dtype=torch.bool, device=q.device).index_fill_(0, probed[0], True)
+        lists = [(torch.zeros_like(probed[0, :1]), wanted[member].nonzero().squeeze(1))]
+    else:
+        lists = zip(*(x.argsort(stable=True).split(x.bincount(minlength=n_list + 1).tolist())
+                      for x in (probed.flatten(), member)))
+    for pair, chunk in lists:
+        for pair in pair.split(max(1, 2**22 // len(chunk))) if len(pair) and len(chunk) else ():
             hidden = (chunk + 1) * chunk_size > (offset + pair // P).unsqueeze(1)
             best, at = (q[pair // P] @ c[chunk].mT).masked_fill_(hidden, -math.inf).topk(min(top_k, len(chunk)))
             value[pair, :best.shape[1]], index[pair, :best.shape[1]] = best, chunk[at]

@@ -421,6 +421,18 @@ def test_state_law(case, vocab_size, sample):
     assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-9)
 
 
+@torch.no_grad()  # then memory grows in place
+def test_an_earlier_state_can_be_continued_twice():
+    model, prompt = small_model(), random_tokens(2, 13)
+    _, state = model(prompt[:, 5:], model(prompt[:, :5])[1])
+    states, ends = [state] * 3, [random_tokens(2, 20) for _ in range(3)]
+    for t in range(20):  # three texts grow in turns from one prompt
+        for i, end in enumerate(ends):
+            got, states[i] = model(end[:, t:t + 1], states[i])
+            want = model(torch.cat([prompt, end[:, :t + 1]], dim=1))[0][:, -1:]
+            assert_close(got, want, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("case", LAWFUL)
 def test_causality_law(case, sample):
     backbone, fields = LAWFUL[case]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_toy
-from evidence import compare_search, run, tasks
+from evidence import compare_search, cost, run, tasks
 from evidence.tasks import TASKS
 from resona import BACKBONES, Resona, ResonaConfig
 from train_toy import BATCH, IGNORE, MODELS, UserError, make_model
@@ -360,3 +360,12 @@ def test_text_that_cannot_be_used_is_refused(data, words, tmp_path, capsys):
     assert run.main(["--task", "text", "--data", str(tmp_path / "t"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_cost_measures_every_model(tmp_path, capsys):
+    assert cost.main(["--longest", "256", "--out", str(tmp_path / "cost.json")]) == 0
+    kinds = json.loads((tmp_path / "cost.json").read_text())["microseconds_a_token"]
+    assert set(kinds) == {"training", "prompt", "decoding"}
+    assert all(by_length["256"] > 0 for models in kinds.values() for name, by_length in models.items() if by_length)
+    assert not kinds["training"]["Resona, ivf"] and "µs a token, prompt" in capsys.readouterr().out
+    assert cost.main(["--longest", "100"]) == 2 and "at least 256, got 100" in capsys.readouterr().err

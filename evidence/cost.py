@@ -1,0 +1,119 @@
+"""What a token costs by the length of the text: training, reading a prompt, decoding.
+
+    python -m evidence.cost                 # 256 to 65,536 tokens, two minutes on one thread
+    python -m evidence.cost --longest 4096  # half a minute
+
+Four models of the same width (64) and depth (2), untrained: the bare recurrence, Resona (exact and with the inverted
+file) and attention (scaled_dot_product_attention, its cache in a buffer that doubles, as Resona's memory). One thread,
+batch 1, the four in turn, the shortest of several times. Writes evidence/results/cost.json, which
+python -m evidence.draw makes the README's picture of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+from tqdm import tqdm
+
+import train_toy  # noqa: F401  (registers the attention)
+from resona import Resona, ResonaConfig
+
+RESULTS = Path(__file__).with_name("results") / "cost.json"
+MODELS = {"recurrence": {"retrieval": False}, "Resona": {}, "Resona, ivf": {"search": "ivf"},
+          "attention": {"retrieval": False, "backbone": "transformer"}}
+PATIENCE = 30.0  # seconds: what would take longer at four times the length is not measured there
+DECODED = 64     # tokens
+
+
+def make(name: str) -> Resona:
+    torch.manual_seed(0)
+    return Resona(ResonaConfig(30, **MODELS[name]))
+
+
+def shortest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Run all in turn -> the shortest time of each, in seconds; the first round is not counted if there are several."""
+    best = dict.fromkeys(functions, float("inf"))
+    for turn in range(rounds + (rounds > 1)):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds = time.perf_counter() - start
+            if turn or rounds == 1:
+                best[name] = min(best[name], seconds)
+    return best
+
+
+def training(model: Resona, tokens: torch.Tensor) -> Callable[[], None]:
+    def step() -> None:
+        model.zero_grad()
+        model(tokens)[0].logsumexp(-1).sum().backward()
+    return step
+
+
+def prompt(model: Resona, tokens: torch.Tensor) -> Callable[[], None]:
+    return torch.no_grad()(lambda: model(tokens))
+
+
+def decoding(model: Resona, tokens: torch.Tensor) -> Callable[[], None]:
+    """DECODED tokens after the prompt, from the state it left."""
+    with torch.no_grad():
+        start = model(tokens)[1]
+
+    @torch.no_grad()
+    def write() -> None:
+        state = start
+        for _ in range(DECODED):
+            _, state = model(tokens[:, :1], state)
+    return write
+
+
+def measure(longest: int) -> dict[str, dict[str, dict[str, float]]]:
+    """-> kind -> model -> length -> microseconds a token."""
+    kinds = {"training": training, "prompt": prompt, "decoding": decoding}
+    lengths = [n for n in (256, 1024, 4096, 16384, 65536) if n <= longest]
+    result: dict = {kind: {name: {} for name in MODELS} for kind in kinds}
+    slow: set[tuple[str, str]] = set()
+    for length in tqdm(lengths, "lengths", ncols=100):
+        tokens = torch.randint(0, 30, (1, length), generator=torch.Generator().manual_seed(0))
+        for kind, start in kinds.items():
+            names = [name for name in MODELS if (kind, name) not in slow
+                     and (kind, name) != ("training", "Resona, ivf")]  # it is trained with the exact search
+            times = shortest({name: start(make(name), tokens) for name in names}, 5 if length <= 4096 else 1)
+            for name, seconds in times.items():
+                tokens_done = DECODED if kind == "decoding" else length
+                result[kind][name][str(length)] = seconds / tokens_done * 1e6
+                if kind != "decoding" and seconds * 16 > PATIENCE:
+                    slow.add((kind, name))
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """Run with these flags -> exit status."""
+    parser = argparse.ArgumentParser("evidence.cost", description=__doc__.split("\n")[0])
+    parser.add_argument("--longest", type=int, default=65536, help="text, in tokens (default: 65536)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results")
+    args = parser.parse_args(argv)
+    if args.longest < 256:
+        print(f"evidence.cost: --longest must be at least 256, got {args.longest}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    report = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1,
+              "microseconds_a_token": measure(args.longest)}
+    args.out.write_text(json.dumps(report, indent=1))
+    for kind, models in report["microseconds_a_token"].items():
+        print(f"\nµs a token, {kind:<14}" + "".join(f"{n:>10}" for n in models["recurrence"]))
+        for name, by_length in models.items():
+            print(f"  {name:<24}" + "".join(f"{by_length[n]:>10.1f}" if n in by_length else f"{'-':>10}"
+                                           for n in models["recurrence"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
