@@ -1,7 +1,7 @@
-"""The two pictures of the README, drawn from what was measured: python -m evidence.draw results.json [results.json ...]
+"""The pictures of the README, drawn from what was measured: python -m evidence.draw results.json [results.json ...]
 
 Writes evidence/pictures/architecture.png and, of the results.json files given (one or more seeds of copying, of all
-models), evidence/pictures/accuracy.png. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+models), evidence/pictures/accuracy.png; of what evidence.cost wrote evidence/pictures/cost.png. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+from evidence.cost import RESULTS
 
 PICTURES = Path(__file__).with_name("pictures")
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
@@ -119,8 +121,27 @@ def accuracy(files: list[str]) -> None:
     figure.savefig(PICTURES / "accuracy.png")
 
 
+def cost() -> None:
+    """Time a token by length, of training, reading a prompt and decoding."""
+    kinds = json.loads(RESULTS.read_text())["microseconds_a_token"]
+    style = {"recurrence": (GREY, "s--"), "Resona": (BLUE, "o-"), "Resona, ivf": (ORANGE, "o:"), "attention": (RED, "v--")}
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
+    for ax, (kind, models) in zip(axes, kinds.items()):
+        for name, by_length in models.items():
+            colour, line = style[name]
+            ax.loglog([int(n) for n in by_length], [by_length[n] / 1000 for n in by_length], line, color=colour, label=name)
+        ax.set_xscale("log", base=2)
+        ax.set(title=kind, xlabel="tokens of text", xticks=[256, 2048, 16384], xticklabels=["256", "2k", "16k"])
+        ax.minorticks_off()
+    axes[0].set_ylabel("ms a token, batch 1, one thread")
+    axes[1].legend(frameon=False, fontsize=9.5)
+    figure.savefig(PICTURES / "cost.png")
+
+
 if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
     architecture()
+    if RESULTS.exists():
+        cost()
     if sys.argv[1:]:
         accuracy(sys.argv[1:])
