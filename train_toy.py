@@ -115,7 +115,7 @@ class Bilingual:
     vocab_size = 66       # 32 words, 32 translations that both languages share, two signs
     unit, lengths = "entries", [16, 32]  # of the dictionaries in the tests; "long": languages four times as long
     models = ("recurrence", "retrieval", "resona", "transformer")
-    lr = {"recurrence": 3e-3, "resona": 3e-3, "retrieval": 3e-3, "transformer": 3e-3, "nope": 3e-3}
+    lr = {"recurrence": 2e-3, "resona": 6e-3, "retrieval": 3e-3, "transformer": 6e-3, "nope": 3e-3}
     steps, config, test_top_k = 800, {"chunk_size": 2}, None
 
     def batch(self, rng: Rng) -> Rows:

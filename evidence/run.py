@@ -5,6 +5,7 @@
     python -m evidence.run --task recall --sweep           # every model with every learning rate of SWEEP
     python -m evidence.run --task bilingual --sweep 0.001 0.002 --d-model 96     # with these, and twice the size
     python -m evidence.run --ablate                        # copying with one thing about Resona changed at a time
+    python -m evidence.run --task bilingual --ablate "as it is" "no recurrence"    # with these
     python -m evidence.run --task needle --model resona --lengths 1024 131072 1048576      # a long context
     python -m evidence.run --task text --data my_book.txt  # your text instead of Python's documentation
 
@@ -363,7 +364,7 @@ def ablated(label: str, task: Any, args: argparse.Namespace) -> tuple[Any, Reson
 def ablate(args: argparse.Namespace, task: Any) -> None:
     """Token accuracy with the top_k of training / with the larger one of the tests, if there is one."""
     lines = []
-    for label in ABLATIONS:
+    for label in args.ablate:
         print(f"\n{label}")
         changed, model = ablated(label, task, args)
         folder = args.out / "ablate" / label.replace(":", "").replace(" ", "-")
@@ -390,9 +391,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--sweep", type=float, nargs="*", metavar="RATE",
                          help=f"instead, each of these learning rates (default: {SWEEP})")
-    instead.add_argument("--ablate", action="store_true", help="instead, Resona with one thing changed at a time")
+    instead.add_argument("--ablate", nargs="*", choices=[*ABLATIONS], metavar="CHANGE",
+                         help="instead, Resona with one thing changed at a time (default: all of these): "
+                              + ", ".join(ABLATIONS))
     args = parser.parse_args(argv)
     args.sweep = SWEEP if args.sweep == [] else args.sweep
+    args.ablate = [*ABLATIONS] if args.ablate == [] else args.ablate
     return args
 
 
