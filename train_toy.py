@@ -109,11 +109,11 @@ def shift(rows: np.ndarray, scored: np.ndarray) -> Rows:
 
 # ----------------------------------------------------------------------------------------------- bilingual
 class Bilingual:
-    """A task for both halves: a state of fixed size keeps the language, however long it lasts, and not the
-    dictionary; retrieval finds the word, and does not know which of two signs came last."""
+    """A task for both halves, trained on dictionaries of 4 to 16 entries. A state of fixed size keeps the language
+    but not the dictionary; retrieval finds the word but not which of two signs, seen many times, came last."""
 
     vocab_size = 66       # 32 words, 32 translations that both languages share, two signs
-    unit, lengths = "entries", [16, 32]  # of the dictionaries in the tests; "long": languages four times as long
+    unit, lengths = "entries", [16, 32]  # of the tests; "long": four times the questions, a sign four times as rare
     models = ("recurrence", "retrieval", "resona", "transformer")
     lr = {"recurrence": 2e-3, "resona": 6e-3, "retrieval": 3e-3, "transformer": 6e-3, "nope": 3e-3}
     steps, config, test_top_k = 800, {"chunk_size": 2}, None
@@ -129,11 +129,12 @@ class Bilingual:
 
 
 def bilingual_rows(rng: Rng, rows: int, entries: int, size: int = 48, stay: int = 16) -> Rows:
-    """A dictionary, then `size` tokens: words to translate and, on average before every `stay`-th, a sign that says
-    into which language from there on. No translation is ever fed back.
+    """A dictionary: words, each with its translations into two languages. Then `size` tokens: words from it and, in
+    the place of one in `stay`, a sign that says into which language to translate from there on.
 
-        inputs   b E M  a U M  f K U  B  a b b f A  a f    lower case: words 0..31; upper case: translations 32..63,
-        targets  - - -  - - -  - - -  -  M M M U -  U K    into language A, into B; A, B: signs 64, 65
+        inputs   b K S  a O T  f M O  2  a b b f 1  a f    letters: words 0..31; capitals: translations 32..63;
+        targets  - - -  - - -  - - -  -  T S S O -  O M    1, 2: signs 64, 65; - nothing is scored
+    Languages are drawn anew at each sign; what a model answers is never shown to it.
     """
     inputs, targets = [], []
     for _ in range(rows):
