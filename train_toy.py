@@ -1,6 +1,7 @@
 """Train a recurrence, the same recurrence with retrieval, and a Transformer to copy strings; then compare them.
 
     python train_toy.py                                    # all three, in two minutes on two cores
+    python train_toy.py --task bilingual                   # a task that needs both, with retrieval alone, too
     python train_toy.py --resume                           # go on after Ctrl-C or a crash
     torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes, or GPUs
 
@@ -18,6 +19,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
@@ -32,7 +34,8 @@ from tqdm import tqdm
 from resona import BACKBONES, Resona, ResonaConfig, append
 
 # ------------------------------------------------------------------- what is common to all tasks and models
-MODELS = ("recurrence", "resona", "transformer")  # and, if asked for, "nope": a Transformer without positions
+MODELS = ("recurrence", "resona", "transformer")
+MORE = ("retrieval", "nope")                      # if asked for: no recurrence; a Transformer without positions
 BATCH = 16                                        # rows a step
 WARMUP = 20                                       # steps of a rising learning rate; then it falls in a line to zero
 BETAS, DECAY, CLIP = (0.9, 0.99), 0.01, 1.0       # AdamW's; the longest gradient
@@ -55,7 +58,8 @@ class Copying:
 
     vocab_size = 30
     unit, lengths = "letters", [32, 64, 128, 256, 512]  # of the strings in the tests
-    lr = {"recurrence": 2e-2, "resona": 3e-3, "transformer": 1e-2, "nope": 1e-2}  # at the peak; the best of a sweep
+    lr = {"recurrence": 2e-2, "resona": 3e-3, "retrieval": 3e-3, "transformer": 1e-2, "nope": 1e-2}  # at the peak;
+    # each is the best of a sweep
     steps = 400           # by then all have levelled off at 32 letters, but the recurrence
     config: dict = {}     # what differs from ResonaConfig's defaults
     test_top_k = 16       # chunks that Resona opens in the tests, besides those it was trained to
@@ -103,7 +107,48 @@ def shift(rows: np.ndarray, scored: np.ndarray) -> Rows:
     return rows[:, :-1], np.where(scored[:, 1:], rows[:, 1:], IGNORE)
 
 
-TASKS: dict[str, Callable[[], Any]] = {"copy": Copying}
+# ----------------------------------------------------------------------------------------------- bilingual
+class Bilingual:
+    """A task for both halves, trained on dictionaries of 4 to 16 entries. A state of fixed size keeps the language
+    but not the dictionary; retrieval finds the word but not which of two signs, seen many times, came last."""
+
+    vocab_size = 66       # 32 words, 32 translations that both languages share, two signs
+    unit, lengths = "entries", [16, 32]  # of the tests; "long": four times the questions, a sign four times as rare
+    models = ("recurrence", "retrieval", "resona", "transformer")
+    lr = {"recurrence": 2e-3, "resona": 6e-3, "retrieval": 3e-3, "transformer": 6e-3, "nope": 3e-3}
+    steps, config, test_top_k = 800, {"chunk_size": 2}, None
+
+    def batch(self, rng: Rng) -> Rows:
+        return bilingual_rows(rng, BATCH, rng.integers(4, 17))
+
+    def test(self, rng: Rng, length: int) -> dict[str, Rows]:
+        if length > 32:
+            raise UserError(f"--lengths: there are 32 words, got {length}")
+        return {str(length): bilingual_rows(rng, 64, length),
+                f"{length} long": bilingual_rows(rng, 32, length, size=192, stay=64)}
+
+
+def bilingual_rows(rng: Rng, rows: int, entries: int, size: int = 48, stay: int = 16) -> Rows:
+    """A dictionary: words, each with its translations into two languages. Then `size` tokens: words from it and, in
+    the place of one in `stay`, a sign that says into which language to translate from there on.
+
+        inputs   b K S  a O T  f M O  2  a b b f 1  a f    letters: words 0..31; capitals: translations 32..63;
+        targets  - - -  - - -  - - -  -  T S S O -  O M    1, 2: signs 64, 65; - nothing is scored
+    Languages are drawn anew at each sign; what a model answers is never shown to it.
+    """
+    inputs, targets = [], []
+    for _ in range(rows):
+        words, book = rng.permutation(32)[:entries], rng.integers(32, 64, (2, 32))  # (language, word) -> translation
+        asked, language = rng.choice(words, size), rng.integers(0, 2, size)
+        sign = rng.random(size) < 1 / stay
+        sign[0] = True
+        language = language[np.maximum.accumulate(np.arange(size) * sign)]  # that of the last sign
+        inputs.append([*np.stack([words, *book[:, words]], 1).flat, *np.where(sign, 64 + language, asked)])
+        targets.append([IGNORE] * 3 * entries + [*np.where(sign, IGNORE, book[language, asked])])
+    return np.array(inputs), np.array(targets)
+
+
+TASKS: dict[str, Callable[[], Any]] = {"copy": Copying, "bilingual": Bilingual}
 
 
 # ----------------------------------------------------------------------------- three models of equal size
@@ -138,20 +183,30 @@ def rotate(x: Tensor, past: int) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-BACKBONES.update(transformer=CausalAttention, nope=partial(CausalAttention, rotary=False))  # named, for Resona.load
+class NoRecurrence(nn.Module):
+    """In the place of the recurrence: y = 0, and the branch asks with the short features alone."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+
+    def forward(self, u: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return torch.zeros_like(u), None
+
+
+BACKBONES.update(transformer=CausalAttention, nope=partial(CausalAttention, rotary=False), retrieval=NoRecurrence)
 
 
 def make_model(name: str, backbone: str, task: Any) -> Resona:
     """All have the same depth, the same width of short convolution and, within 1 %, the same number of parameters:
-    what Resona spends on retrieval the others spend on d_model, and so on a larger state. d_model grows while an
-    MLP of 1.5 times its width still fits, then d_ff takes the parameters that are left."""
+    what Resona spends on retrieval (retrieval alone: on the recurrence) the others spend on d_model, and so on a
+    larger state. d_model grows while an MLP of 1.5 times its width still fits, then d_ff takes what is left."""
     resona = ResonaConfig(task.vocab_size, backbone=backbone, **task.config)
     if name == "resona":
         return Resona(resona)
 
     def build(d_model: int, d_ff: int) -> Resona:
-        return Resona(ResonaConfig(task.vocab_size, d_model=d_model, d_ff=d_ff, d_conv=resona.d_conv, retrieval=False,
-                                   backbone=backbone if name == "recurrence" else name))
+        return Resona(replace(resona, d_model=d_model, d_ff=d_ff, retrieval=name == "retrieval" and resona.retrieval,
+                              backbone=backbone if name == "recurrence" else name))
 
     with torch.device("meta"):  # shapes without memory, to count
         target = count(Resona(resona))  # d_model is divisible by n_head, with an even quotient
@@ -160,8 +215,11 @@ def make_model(name: str, backbone: str, task: Any) -> Resona:
     return build(d_model, 1 + round((target - count(build(d_model, 1))) / per_unit))
 
 
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def count(model: Resona) -> int:
+    """Parameters that matter: not the halves of weights that read the zeros of NoRecurrence."""
+    alone = [layer.retrieval for layer in model.layers if layer.retrieval and type(layer.backbone) is NoRecurrence]
+    zeros = [linear.weight.numel() // 2 for one in alone for linear in (one.search_query, one.query, one.alpha)]
+    return sum(p.numel() for p in model.parameters()) - sum(zeros)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -282,9 +340,10 @@ def compare(args: argparse.Namespace, task: Any, models: tuple[str, ...]) -> Non
 # -------------------------------------------------------------------------------------------- command line
 def make_parser(tasks: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__.split("\n")[0])
-    add, recurrent = parser.add_argument, [name for name in BACKBONES if name not in (*MODELS, "nope")]
+    add, recurrent = parser.add_argument, [name for name in BACKBONES if name not in (*MODELS, *MORE)]
     add("--task", choices=tasks, default="copy", help="what to learn (default: copy)")
-    add("--model", choices=[*MODELS, "nope", "all"], default="all", help="nope: a Transformer without positions")
+    add("--model", choices=[*MODELS, *MORE, "all"], default="all",
+        help="retrieval: alone; nope: a Transformer without positions")
     add("--backbone", choices=recurrent, default="gated", help="the recurrence (default: gated)")
     add("--steps", type=int, help="of each model's training (default: the task's own)")
     add("--lr", type=float, help="peak learning rate (default: the task's own, for each model)")
@@ -321,7 +380,7 @@ def main(argv: list[str]) -> int:
     try:
         prepare(args, task := TASKS[args.task]())
         print(f"on {args.device}, {torch.get_num_threads()} threads, {WORLD} process(es), torch {torch.__version__}")
-        compare(args, task, MODELS if args.model == "all" else (args.model,))
+        compare(args, task, getattr(task, "models", MODELS) if args.model == "all" else (args.model,))
         return 0
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)

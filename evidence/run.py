@@ -3,12 +3,15 @@
     python -m evidence.run --task mqar --seeds 3           # a task, mean and deviation over three seeds
     python -m evidence.run --task all                      # every task, and one table of them
     python -m evidence.run --task recall --sweep           # every model with every learning rate of SWEEP
+    python -m evidence.run --task bilingual --sweep 0.001 0.002 --d-model 96     # with these, and twice the size
     python -m evidence.run --ablate                        # copying with one thing about Resona changed at a time
+    python -m evidence.run --task bilingual --ablate "as it is" "no recurrence"    # with these
     python -m evidence.run --task needle --model resona --lengths 1024 131072 1048576      # a long context
     python -m evidence.run --task text --data my_book.txt  # your text instead of Python's documentation
 
 Flags and files are those of train_toy.py, which trains. Tests here tell more: bits, seconds, memory, and for
 copying the accuracy of what a model writes alone. Seeds, rates and ablations have folders of their own in --out.
+Rates are compared on rows that no other test has.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -93,11 +96,13 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def test(models: dict[str, Resona], task: Any, args: argparse.Namespace, free: bool) -> dict[str, Scores]:
-    """Every model on every test; Resona also with more chunks, under the label resona@K."""
+def test(models: dict[str, Resona], task: Any, args: argparse.Namespace, free: bool,
+         stream: int = 1) -> dict[str, Scores]:
+    """Every model on every test; Resona also with more chunks, under the label resona@K. Rows of the seed's stream
+    1; 0 is that of training, 2 that of a sweep."""
     tests = {}
     for length in sorted(task.lengths):
-        tests.update(task.test(np.random.default_rng([args.seed, 1, length]), length))
+        tests.update(task.test(np.random.default_rng([args.seed, stream, length]), length))
     scores: dict[str, Scores] = {}
     for name in models:
         for top_k in [None, task.test_top_k] if name == "resona" and task.test_top_k else [None]:
@@ -126,8 +131,8 @@ def vary(args: argparse.Namespace, **changes) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace, task: Any, models: tuple[str, ...],
-        free: bool) -> tuple[dict[str, Scores], dict[str, Any], dict[str, Resona]]:
+def run(args: argparse.Namespace, task: Any, models: tuple[str, ...], free: bool,
+        stream: int = 1) -> tuple[dict[str, Scores], dict[str, Any], dict[str, Resona]]:
     """Train and test with one seed, write results.json -> scores by label, what was written, trained models."""
     own = vary(args, task=f"text {task.fingerprint}" if args.task == "text" else args.task)  # for --resume
     trained, seconds = {}, {}
@@ -135,7 +140,7 @@ def run(args: argparse.Namespace, task: Any, models: tuple[str, ...],
         torch.manual_seed(args.seed)
         trained[name] = make_model(name, args.backbone, task).to(args.device)
         seconds[name] = train(name, trained[name], task, own)
-    scores = test(trained, task, args, free)
+    scores = test(trained, task, args, free, stream)
     report = {"task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,
               "train_seconds": seconds, "parameters": {name: count(model) for name, model in trained.items()},
               "results": {name: best(scores, name, task) for name in models},
@@ -201,21 +206,21 @@ def sample(model: Resona, task: Any, args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace, tasks: dict[str, Any], models: tuple[str, ...]) -> None:
-    """Every learning rate for every model, tested on the first length alone, which is that of training."""
+    """Every learning rate for every model, on validation rows of the first length alone: that of training."""
     for name, task in tasks.items():
         task.lengths, results = task.lengths[:1], {}
-        for rate, model in itertools.product(SWEEP, models):
+        for rate, model in itertools.product(args.sweep, models):
             print(f"\n{name}: {model}, learning rate {rate:g}")
             task.lr = {model: rate}
             own = vary(args, task=name, out=args.out / name / f"lr-{rate:g}" / model)
             try:
-                for label, scores in run(own, task, (model,), free=False)[0].items():
+                for label, scores in run(own, task, (model,), False, stream=2)[0].items():
                     results.setdefault(label, {})[rate] = scores
             except UserError as error:
                 if "diverged" not in str(error):
                     raise
                 print(error)
-        print("\n" + sweep_table(name, results))
+        print("\n" + sweep_table(name, results, args.sweep))
 
 
 # ------------------------------------------------------------------------------------------------- tables
@@ -248,13 +253,13 @@ def overview(summary: dict[str, list[dict[str, Scores]]], models: tuple[str, ...
     return "\n".join(lines)
 
 
-def sweep_table(name: str, results: dict[str, dict[float, Scores]]) -> str:
+def sweep_table(name: str, results: dict[str, dict[float, Scores]], rates: Sequence[float]) -> str:
     score = KEYS["bits" if "bits" in SHOWN.get(name, ()) else "token"]
-    lines = [f"{name + ', ' + score.replace('_', ' '):<34}" + "".join(f"{rate:>10g}" for rate in SWEEP)]
+    lines = [f"{name + ', ' + score.replace('_', ' '):<34}" + "".join(f"{rate:>10g}" for rate in rates)]
     for label, by_rate in results.items():
         for which in tests_of(by_rate.values()):
             cells = ("diverged" if rate not in by_rate else
-                     spread(one[score] for test, one in by_rate[rate].items() if test == which) for rate in SWEEP)
+                     spread(one[score] for test, one in by_rate[rate].items() if test == which) for rate in rates)
             lines.append(f"{label + ', ' + which:<34}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
@@ -272,7 +277,7 @@ def spread(values: Iterable[float]) -> str:
     return f"{statistics.mean(values):.{digits}f} ±{statistics.stdev(values):.{digits}f}"
 
 
-# ---------------------------------------------------- ablations: copying with one thing about Resona changed
+# --------------------------------------- ablations: copying or bilingual with one thing about Resona changed
 class KeysInPlace(Retrieval):
     """The key of a token describes the token and what came before it, not only what came before it."""
 
@@ -287,6 +292,33 @@ class NoBias(Retrieval):
     def search(self, asks, memory, top_k, offset):
         score, index = super().search(asks, memory, top_k, offset)
         return torch.zeros_like(score).masked_fill(index < 0, -math.inf), index
+
+
+class NoRecurrence(Retrieval):
+    """The recurrence's output is not used."""
+
+    def forward(self, z, u, y, memory=None, top_k=None):
+        return super().forward(z, u, torch.zeros_like(y), memory, top_k)
+
+
+class KeysFromState(Retrieval):
+    """The keys, of chunks and of tokens, are made from the recurrence's output, as the queries are."""
+
+    def forward(self, z, u, y, memory=None, top_k=None):
+        self.y = y
+        return super().forward(z, u, y, memory, top_k)
+
+    def remember(self, z, u, past):
+        return super().remember(z, self.y, past)
+
+
+def query_without_state(branch: Retrieval) -> None:
+    """Both queries are made from the short features alone."""
+    def blind(linear, inputs):
+        y, u = inputs[0].chunk(2, dim=-1)
+        return torch.cat([torch.zeros_like(y), u], dim=-1)
+    branch.search_query.register_forward_pre_hook(blind)
+    branch.query.register_forward_pre_hook(blind)
 
 
 class Nothing(nn.Module):
@@ -310,6 +342,9 @@ ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
     "no log-probability bias": ({}, lambda branch: setattr(branch, "__class__", NoBias)),
     "chunk key: sum alone": ({}, lambda branch: setattr(branch.search_key, "order", Nothing())),
     "chunk key: MLP alone": ({}, lambda branch: setattr(branch.search_key, "each", Nothing())),
+    "no recurrence": ({}, lambda branch: setattr(branch, "__class__", NoRecurrence)),
+    "query without the state": ({}, query_without_state),
+    "keys from the state": ({}, lambda branch: setattr(branch, "__class__", KeysFromState)),
 }
 
 
@@ -317,7 +352,7 @@ def ablated(label: str, task: Any, args: argparse.Namespace) -> tuple[Any, Reson
     """The task with the changed config, and a new model with the change made."""
     config, patch = ABLATIONS[label]
     task = copy.copy(task)
-    task.config = config
+    task.config = {**task.config, **config}
     torch.manual_seed(args.seed)
     model = make_model("resona", args.backbone, task).to(args.device)
     for layer in model.layers:
@@ -327,18 +362,20 @@ def ablated(label: str, task: Any, args: argparse.Namespace) -> tuple[Any, Reson
 
 
 def ablate(args: argparse.Namespace, task: Any) -> None:
-    """Token accuracy with the top_k of training / with the larger one of the tests."""
-    lines = [f"{'token accuracy by ' + task.unit:<30}" + "".join(f"{n:>14}" for n in sorted(task.lengths))]
-    for label in ABLATIONS:
+    """Token accuracy with the top_k of training / with the larger one of the tests, if there is one."""
+    lines = []
+    for label in args.ablate:
         print(f"\n{label}")
         changed, model = ablated(label, task, args)
         folder = args.out / "ablate" / label.replace(":", "").replace(" ", "-")
-        own = vary(args, task=f"copy, {label}", out=folder)
+        own = vary(args, task=f"{args.task}, {label}", out=folder)
         train("resona", model, changed, own)
         (own.out / "resona.pt").unlink()  # Resona.load would not know what was patched
         scores = test({"resona": model}, changed, own, free=False).values()
-        cells = (" /".join(spread([one[str(n)]["token_accuracy"]] if str(n) in one else []) for one in scores)
-                 for n in sorted(task.lengths))
+        tests = tests_of(scores)
+        cells = (" /".join(spread([one[which]["token_accuracy"]] if which in one else []) for one in scores)
+                 for which in tests)
+        lines = lines or [f"{'token accuracy by ' + task.unit:<30}" + "".join(f"{which:>14}" for which in tests)]
         lines.append(f"{label:<30}" + "".join(f"{cell:>14}" for cell in cells))
         print("", *lines, sep="\n")
 
@@ -349,10 +386,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.prog, parser.description = "evidence.run", __doc__.split("\n")[0]
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run N seeds, from --seed on (default: 1)")
     parser.add_argument("--data", type=Path, metavar="FILE", help="for --task text (default: Python's documentation)")
+    parser.add_argument("--d-model", type=int, metavar="D",
+                        help="width of Resona, which the size of all follows (default: the task's own)")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--sweep", action="store_true", help=f"instead, each learning rate of {SWEEP}")
-    instead.add_argument("--ablate", action="store_true", help="instead, copying with one thing changed at a time")
-    return parser.parse_args(argv)
+    instead.add_argument("--sweep", type=float, nargs="*", metavar="RATE",
+                         help=f"instead, each of these learning rates (default: {SWEEP})")
+    instead.add_argument("--ablate", nargs="*", choices=[*ABLATIONS], metavar="CHANGE",
+                         help="instead, Resona with one thing changed at a time (default: all of these): "
+                              + ", ".join(ABLATIONS))
+    args = parser.parse_args(argv)
+    args.sweep = SWEEP if args.sweep == [] else args.sweep
+    args.ablate = [*ABLATIONS] if args.ablate == [] else args.ablate
+    return args
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
@@ -361,15 +406,20 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"this runs in one process, got {WORLD}; train_toy.py can share copying among several")
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {args.seeds}")
+    if args.d_model is not None and (args.d_model < 1 or args.d_model % 8):
+        raise UserError(f"--d-model must be a multiple of 8, got {args.d_model}")
     if args.data and args.task not in ("text", "all"):
         raise UserError(f"--data is for --task text, got --task {args.task}")
     if args.sweep and (args.seeds > 1 or args.lr is not None):
         raise UserError(f"--sweep runs one seed and its own rates, got --seeds {args.seeds}, --lr {args.lr}")
-    if args.ablate and (args.task != "copy" or args.model != "all" or args.seeds > 1):
-        raise UserError("--ablate is Resona on copying with one seed; it takes no --task, --model or --seeds")
+    if args.sweep and not 0 < min(args.sweep) <= max(args.sweep) < math.inf:
+        raise UserError(f"--sweep takes rates above zero, got {min(args.sweep)}")
+    if args.ablate and (args.task not in train_toy.TASKS or args.model != "all" or args.seeds > 1):
+        raise UserError("--ablate is Resona on copy or bilingual with one seed; it takes no --model or --seeds")
     names = TASKS if args.task == "all" else [args.task]
     tasks = {name: TASKS[name](args.data) if name == "text" else TASKS[name]() for name in names}
     for name, task in tasks.items():
+        task.config = task.config | ({"d_model": args.d_model} if args.d_model else {})
         prepare(args, task)
         check_lengths(name, task)
     return tasks
@@ -379,10 +429,11 @@ def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
     args = parse(argv)
     try:
-        tasks, models = check(args), MODELS if args.model == "all" else (args.model,)
+        tasks = check(args)
+        models = getattr(TASKS.get(args.task), "models", MODELS) if args.model == "all" else (args.model,)
         print(f"on {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         if args.ablate:
-            ablate(args, tasks["copy"])
+            ablate(args, tasks[args.task])
         else:
             (sweep if args.sweep else compare)(args, tasks, models)
         print(f"\nwritten to {args.out}")

@@ -19,7 +19,8 @@ Sizes = "tuple[int, ...]"
 
 
 def rates(recurrence: float, resona: float, transformer: float) -> dict[str, float]:
-    return {"recurrence": recurrence, "resona": resona, "transformer": transformer, "nope": transformer}
+    return {"recurrence": recurrence, "resona": resona, "retrieval": resona, "transformer": transformer,
+            "nope": transformer}
 
 
 # ----------------------------------------------------------------------------------------------- n-grams
@@ -375,9 +376,9 @@ TASKS: dict[str, Callable[..., Any]] = {
     "selective": Selective, "memorize": Memorize, "needle": Needle, "phonebook": Phonebook, "text": Text}
 
 LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even ones
-    "copy": (1, 100_000), "ngram": (7, 1500), "mqar": (1, 63), "recall": (16, 16384), "noisy": (16, 16384),
-    "fuzzy": (16, 16384), "selective": (34, 100_000), "memorize": (2, 100_000), "needle": (4, 2**24),
-    "phonebook": (1, 20_000), "text": (256, 2**20)}
+    "copy": (1, 100_000), "bilingual": (1, 32), "ngram": (7, 1500), "mqar": (1, 63), "recall": (16, 16384),
+    "noisy": (16, 16384), "fuzzy": (16, 16384), "selective": (34, 100_000), "memorize": (2, 100_000),
+    "needle": (4, 2**24), "phonebook": (1, 20_000), "text": (256, 2**20)}
 
 
 def check_lengths(name: str, task: Any) -> None:

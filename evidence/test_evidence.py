@@ -13,7 +13,7 @@ import train_toy
 from evidence import compare_search, cost, run, tasks
 from evidence.tasks import TASKS
 from resona import BACKBONES, Resona, ResonaConfig
-from train_toy import BATCH, IGNORE, MODELS, UserError, make_model
+from train_toy import BATCH, IGNORE, MODELS, MORE, UserError, make_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz$|."
 
@@ -36,7 +36,7 @@ def test_rows_fit_the_task(name):
         assert inputs.shape == targets.shape and 0 <= inputs.min() and inputs.max() < task.vocab_size
         scored = targets[targets != IGNORE]
         assert len(scored) and 0 <= scored.min() and scored.max() < task.vocab_size
-    assert set(task.lr) == {*MODELS, "nope"} and tasks.LIMITS.keys() == TASKS.keys()
+    assert set(task.lr) == {*MODELS, *MORE} and tasks.LIMITS.keys() == TASKS.keys()
 
 
 def test_ngram_rows_ask_for_what_followed():
@@ -159,12 +159,29 @@ def test_text_is_held_out_by_topic_and_passages_come_twice(tmp_path):
 @pytest.mark.parametrize("backbone", ["gated", "ssm"])
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in train_toy.TASKS])
 def test_the_models_have_equal_parameters(name, backbone):
-    models = [make_model(model, backbone, TASKS[name]()) for model in [*MODELS, "nope"]]
+    models = [make_model(model, backbone, TASKS[name]()) for model in [*MODELS, *MORE]]
     counts = [train_toy.count(model) for model in models]
     assert max(counts) <= 1.01 * min(counts)
     assert len({len(layer.conv.weight) for model in models for layer in model.layers}) == 1  # one width
     kinds = [type(layer.backbone) for model in models for layer in model.layers]
-    assert kinds == [BACKBONES[backbone]] * 4 + [train_toy.CausalAttention] * 4
+    assert kinds == [kind for kind in (BACKBONES[backbone], BACKBONES[backbone], train_toy.CausalAttention,
+                                       train_toy.NoRecurrence, train_toy.CausalAttention) for layer in range(2)]
+
+
+def test_retrieval_alone_does_not_read_what_is_not_counted():
+    model, tokens = make_model("retrieval", "gated", TASKS["bilingual"]()), torch.arange(60).view(2, 30)
+    logits, _ = model(tokens)
+    logits.sum().backward()
+    unread = 0
+    for layer in model.layers:
+        for linear in (layer.retrieval.search_query, layer.retrieval.query, layer.retrieval.alpha):
+            y_half, u_half = linear.weight.grad.chunk(2, dim=-1)
+            assert not y_half.any() and u_half.any()
+            unread += y_half.numel()
+    assert train_toy.count(model) == sum(weight.numel() for weight in model.parameters()) - unread
+    first, state = model(tokens[:, :13])  # a state without the recurrence's
+    rest, _ = model(tokens[:, 13:], state.detach())
+    assert torch.allclose(torch.cat([first, rest], dim=1), logits, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------- runs
@@ -298,7 +315,7 @@ def test_running_out_of_memory_keeps_the_shorter_results(tmp_path, monkeypatch, 
         run.main([*flags, str(tmp_path), "--lengths", "128"])
 
 
-def test_ablations_change_what_they_say(tmp_path):
+def test_ablations_change_what_they_say():
     args, task = run.parse([]), TASKS["copy"]()
     inputs = torch.as_tensor(task.batch(np.random.default_rng(0))[0])[:2, :40]
     outputs = [run.ablated(label, task, args)[1](inputs)[0] for label in run.ABLATIONS]
@@ -307,13 +324,54 @@ def test_ablations_change_what_they_say(tmp_path):
 
 
 def test_ablations_train_and_leave_no_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "ABLATIONS", dict(list(run.ABLATIONS.items())[::3]))  # sizes, a class, an encoder
+    monkeypatch.setattr(run, "ABLATIONS", dict(list(run.ABLATIONS.items())[::3]))  # sizes, classes, an encoder
     flags = ["--ablate", "--steps", "2", "--lengths", "8", "--device", "cpu", "--out", str(tmp_path)]
     assert run.main(flags) == 0
-    whole = capsys.readouterr().out.splitlines()[-7:]
-    assert [line[:26].strip() for line in whole[:5]] == [*run.ABLATIONS]
-    assert run.main([*flags, "--resume"]) == 0 and capsys.readouterr().out.splitlines()[-7:] == whole
-    assert len(list(tmp_path.glob("ablate/*/resona.train.pt"))) == 5 and not list(tmp_path.glob("**/resona.pt"))
+    whole = capsys.readouterr().out.splitlines()[-8:]
+    assert [line[:26].strip() for line in whole[:6]] == [*run.ABLATIONS]
+    assert run.main([*flags, "--resume"]) == 0 and capsys.readouterr().out.splitlines()[-8:] == whole
+    assert len(list(tmp_path.glob("ablate/*/resona.train.pt"))) == 6 and not list(tmp_path.glob("**/resona.pt"))
+
+
+@pytest.mark.parametrize("task", ["copy", "bilingual"])
+def test_ablations_of_the_state_train(task, tmp_path, monkeypatch, capsys):
+    labels = ["no recurrence", "query without the state", "keys from the state"]
+    monkeypatch.setattr(run, "ABLATIONS", {label: run.ABLATIONS[label] for label in labels})
+    flags = ["--ablate", "--task", task, "--steps", "20", "--lengths", "8", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(flags) == 0
+    table = capsys.readouterr().out.splitlines()[-5:-2]
+    assert [line[:26].strip() for line in table] == labels
+    for label, path in zip(labels, ("no-recurrence", "query-without-the-state", "keys-from-the-state")):
+        losses = torch.load(tmp_path / "ablate" / path / "resona.train.pt", weights_only=True)["losses"]
+        assert len(losses) == 20 and losses[-1] < losses[0]
+    changed, model = run.ablated("no recurrence", TASKS[task](), run.parse([]))
+    tokens = torch.arange(60).view(2, 30) % changed.vocab_size
+    before = model(tokens)[0]
+    for layer in model.layers:
+        layer.backbone.output.weight.data.mul_(-3)  # it changes nothing: the recurrence's output is not used
+    assert torch.equal(model(tokens)[0], before)
+
+
+def test_a_sweep_has_rows_of_its_own(monkeypatch, tmp_path):
+    seen, test = [], TASKS["bilingual"].test
+
+    def told(self, rng, length):
+        seen.append(test(self, rng, length)["16"][0])
+        return {"16": (seen[-1], seen[-1])}
+    monkeypatch.setattr(TASKS["bilingual"], "test", told)
+    flags = ["--task", "bilingual", "--model", "retrieval", "--steps", "1", "--lengths", "16", "--out", str(tmp_path)]
+    assert run.main(flags) == 0 and run.main([*flags, "--sweep", "0.01"]) == 0 and len(seen) == 2
+    assert seen[0].shape == seen[1].shape and not np.array_equal(*seen)
+    assert results(tmp_path / "bilingual" / "lr-0.01" / "retrieval")["lr"] == {"retrieval": 0.01}
+
+
+def test_the_width_makes_all_models_larger():
+    counts = {}
+    for width in ([], ["--d-model", "104"]):
+        task = run.check(run.parse(["--task", "bilingual", *width]))["bilingual"]
+        counts[len(width)] = [train_toy.count(make_model(name, "gated", task)) for name in (*MODELS, *MORE)]
+        assert max(counts[len(width)]) <= 1.01 * min(counts[len(width)])
+    assert min(counts[2]) > 2 * max(counts[0]) and TASKS["bilingual"].config == {"chunk_size": 2}
 
 
 def test_compare_search_reports_recall(tmp_path, capsys, monkeypatch):
@@ -336,7 +394,8 @@ def test_compare_search_reports_recall(tmp_path, capsys, monkeypatch):
     (["--lengths", "6", "--task", "ngram"], ["7 to"]), (["--lengths", "33", "--task", "recall"], ["even", "33"]),
     (["--data", "x"], ["--task copy"]), (["--data", "none.txt", "--task", "text"], ["none.txt", "No such file"]),
     (["--sweep", "--seeds", "3"], ["one seed", "3"]), (["--sweep", "--ablate"], ["--sweep", "--ablate"]),
-    (["--ablate", "--task", "mqar"], ["--task"])])
+    (["--ablate", "--task", "mqar"], ["bilingual"]), (["--lengths", "33", "--task", "bilingual"], ["1 to 32"]),
+    (["--sweep", "0.1", "0"], ["--sweep", "0.0"]), (["--d-model", "0"], ["--d-model", "0"])])
 def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys):
     try:
         status = run.main(["--out", str(tmp_path / "out"), *flags])
