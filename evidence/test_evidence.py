@@ -39,6 +39,17 @@ def test_rows_fit_the_task(name):
     assert set(task.lr) == {*MODELS, *MORE} and tasks.LIMITS.keys() == TASKS.keys()
 
 
+def test_bilingual_rows_are_as_drawn():
+    tests = [(n, train_toy.Bilingual().test(np.random.default_rng(n), n)) for n in (5, 32)]
+    for n, rows in ((n, rows) for n, test in tests for rows in test.values()):
+        for x, y in zip(*(part.tolist() for part in rows)):
+            book, language = {w: ab for w, *ab in zip(x[:3 * n:3], x[1:3 * n:3], x[2:3 * n:3])}, None
+            assert len(book) == n and max(book) < 32 and y[:3 * n] == [-100] * 3 * n  # different words, not scored
+            for token, target in zip(x[3 * n:], y[3 * n:]):
+                language = token - 64 if token >= 64 else language
+                assert target == (-100 if token >= 64 else book[token][language]) and not 32 <= token < 64
+
+
 def test_ngram_rows_ask_for_what_followed():
     rng, forms = np.random.default_rng(0), []
     for _ in range(50):
