@@ -345,10 +345,11 @@ check_config = check_call = check_generate = check_branch = check_scan = check_s
 
 # ==================================================================================== PART II: THE SAME, FAST
 # 1 scan, 2 search, 3 attend: as in Part I, which tests hold them equal to, in values and in gradients.
-# 4 an approximate search.   5 memory that grows.   6 the switch.   7 for use: a look inside, files, states.   8 checks.
+# 4 an approximate search.   5 memory that grows.   6 the switch.   7 for use: a look inside, files.   8 checks.
 
+import warnings
 from dataclasses import asdict, fields
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 
 from torch.utils._pytree import tree_map_only
@@ -456,7 +457,7 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
 
 
 class _Winners(torch.autograd.Function):
-    """The scores of the winners, q[t]·c[index[t, i]], with their gradient to q and c; computed, unless they are known."""
+    """The scores of the winners, q[t]·c[index[t, i]], with a gradient to q and c; computed, unless they are known."""
 
     @staticmethod
     def forward(ctx, q, c, index, score=None):
@@ -480,8 +481,8 @@ class _Winners(torch.autograd.Function):
 
 
 def _table(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """x: (B, M, ...), index: (B, L, K) -> the chunks of all rows of the batch below each other, (R, width), and where in
-    it the chosen stand: (B·L, K), chunk 0 for an empty slot. Nothing is copied, even where append has left room."""
+    """x: (B, M, ...), index: (B, L, K) -> a table of the chunks of all rows of the batch, (R, width), and where in it
+    the chosen stand: (B·L, K), chunk 0 for an empty slot. Nothing is copied, even where append has left room."""
     (B, M), width = x.shape[:2], math.prod(x.shape[2:])
     if not (x[:1].is_contiguous() and x.stride(0) % width == 0 and x.stride(0) >= M * width):
         x = x.contiguous()
@@ -544,8 +545,8 @@ class _Attend(torch.autograd.Function):
 
 
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, index: Tensor) -> Iterator[tuple]:
-    """n of all queries at a time: which (a slice); the rows of the table of chunks that they gather (n·K); the queries,
-    spread and scaled (n, H, D); keys and values of the J = K·U tokens of each (n, J, D); the weights (n, H, J)."""
+    """n of all queries at a time: which (a slice); the rows of the table that they gather (n·K); the queries, spread
+    and scaled (n, H, D); keys and values of the J = K·U tokens of each (n, J, D); the weights (n, H, J)."""
     (H, E), U, q, log_p = q.shape[2:], k.shape[2], q.flatten(0, 1), log_p.flatten(0, 1)
     (keys, rows), (values, _) = _table(k, index), _table(v, index)
     for (t, keys), (_, values) in zip(_gather(keys, rows), _gather(values, rows)):
@@ -676,10 +677,10 @@ BRANCHES["ivf"] = lambda c: RetrievalIVF(
 #    taken, and gets a buffer of his own.
 
 def append(past: Tensor, new: Tensor) -> Tensor:
-    """torch.cat([past, new], dim=1)."""
-    (n, end), buffer = (past.shape[1], past.shape[1] + new.shape[1]), getattr(past, "buffer", None)
+    """torch.cat([past, new], dim=1) of past: (B, n, ...) and new: (B, m, ...)."""
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
         return torch.cat([past, new], dim=1)
+    n, end, buffer = past.shape[1], past.shape[1] + new.shape[1], getattr(past, "buffer", None)
     if buffer is None or buffer.filled != n or end > buffer.shape[1]:
         buffer = past.new_empty(len(past), 2 * end, *past.shape[2:])
         buffer[:, :n] = past
@@ -699,7 +700,8 @@ def _switch(naive: Callable, parallel: Callable, kernel: Callable | None = None)
     @wraps(naive)
     def run(x: Tensor, *args, **options):
         check(IMPLEMENTATION in ("auto", "naive", "parallel", "triton"), f"no IMPLEMENTATION {IMPLEMENTATION!r}")
-        if kernel and (IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and x.is_cuda):
+        if kernel and (IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and x.is_cuda
+                       and _trusted(kernel, parallel, x.dtype, x.device)):
             try:
                 return kernel(x, *args, **options)
             except NotImplementedError:  # the kernel's word that it cannot take this size
@@ -707,6 +709,22 @@ def _switch(naive: Callable, parallel: Callable, kernel: Callable | None = None)
                     raise
         return (naive if IMPLEMENTATION == "naive" else parallel)(x, *args, **options)
     return run
+
+
+@cache
+def _trusted(kernel: Callable, twin: Callable, dtype: torch.dtype, device: torch.device) -> bool:
+    """Does the kernel give what its twin gives, on a small input? The kernels were never timed on a GPU, and hardly run
+    on one: so "auto" tries each once in a process, and warns if it takes the twin instead."""
+    x = torch.rand(2, 40, 16, dtype=dtype, device=device)
+    call = (x, x) if twin is scan_parallel else (x, x, 4, 4)
+    try:
+        torch.testing.assert_close(*(f(*call)[0].float() for f in (kernel, twin)), rtol=0.01, atol=0.01)
+    except NotImplementedError:
+        return True  # its own word, which run heeds
+    except Exception as error:  # a compiler has many
+        warnings.warn(f"the Triton kernel {kernel.__name__} is not used: {' '.join(str(error).split())[:200]}")
+        return False
+    return True
 
 
 scan = _switch(scan_naive, scan_parallel, kernels.scan)

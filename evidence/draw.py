@@ -1,7 +1,8 @@
 """The pictures of the README, drawn from what was measured: python -m evidence.draw results.json [results.json ...]
 
-Writes evidence/pictures/architecture.png and, of the results.json files given (one or more seeds of copying, of all
-models), evidence/pictures/accuracy.png; of what evidence.cost wrote evidence/pictures/cost.png. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+Writes evidence/pictures/architecture.png; of what evidence.cost wrote, cost.png; and of the results.json files given (one
+or more seeds of copying, of all models), accuracy.png. Colours are those of Okabe and Ito, which colour-blind readers
+can tell apart.
 """
 
 from __future__ import annotations

@@ -139,6 +139,30 @@ def test_kernels_compile_for_gpus_and_do_not_spill_forward():
         assert int(shared) <= (65536 if target == "hip" else 232448), rows
 
 
+def test_a_kernel_that_differs_or_fails_is_not_trusted(recwarn):
+    cpu, wrong = torch.device("cpu"), lambda *call: resona.scan_parallel(*call) + 0.1
+    wrong.__name__ = "wrong"
+
+    def broken(*call):
+        raise RuntimeError("no registers left")
+
+    def unable(*call):
+        raise NotImplementedError
+
+    for kernel, trusted in ((resona.scan_parallel, True), (unable, True), (wrong, False), (broken, False)):
+        assert resona._trusted(kernel, resona.scan_parallel, torch.float32, cpu) == trusted
+    assert resona._trusted(resona.search_parallel, resona.search_parallel, torch.float32, cpu)
+    said = [str(one.message) for one in recwarn]
+    assert len(said) == 2 and "wrong is not used" in said[0] and "broken is not used: no registers left" in said[1]
+
+
+@needs_triton
+@pytest.mark.skipif(GPU, reason="the interpreter")
+def test_the_kernels_are_trusted(small_tiles):
+    for kernel, twin in ((kernels.scan, resona.scan_parallel), (kernels.search, resona.search_parallel)):
+        assert resona._trusted.__wrapped__(kernel, twin, torch.float32, torch.device("cpu"))
+
+
 def test_benchmark_says_what_it_needs():
     if not GPU:
         done = python("-m", "evidence.benchmark_kernels")
