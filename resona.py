@@ -17,8 +17,8 @@ Letters, the same throughout (k, U and α are the paper's, the others ours):
     D  model width                K  chunks that a token opens: its k    E  width of a head, D / H
     W  width of the convolution   N  states per channel (SelectiveSSM)   α  mixing coefficient, one per token
 
-Part I is the model, complete and slow: whoever stops reading where it ends has understood everything. Part II
-puts fast twins in the place of its three loops. Not included: dropout, padding masks, mixed precision.
+Part I is the model, complete and slow, and needs nothing but torch. Part II puts fast twins in the place of its
+three loops. Not included: dropout, padding masks, mixed precision.
 """
 
 from __future__ import annotations
@@ -98,10 +98,9 @@ class Resona(nn.Module):
         out, state = [tokens], None
         for _ in range(max_new_tokens):
             logits, state = self(out[-1], state, top_k)
-            if temperature == 0:
-                out.append(logits[:, -1:].argmax(-1))
-            else:
-                out.append(torch.multinomial((logits[:, -1] / temperature).softmax(-1), 1, generator=generator))
+            last = logits[:, -1]  # (B, vocab_size)
+            out.append(last.argmax(-1, keepdim=True) if temperature == 0 else
+                       torch.multinomial((last / temperature).softmax(-1), 1, generator=generator))
         return torch.cat(out, dim=1)
 
 
@@ -178,7 +177,7 @@ class Retrieval(nn.Module):
         check_branch(z, u, y)
         memory = self.remember(z, u, memory)
         read = memory.k.shape[1] * self.chunk_size + memory.z.shape[1]  # tokens so far, these included
-        asks = torch.cat([y, u], dim=-1)  # (B, L, 2D): the state asks, with the short features
+        asks = torch.cat([y, u], dim=-1)  # (B, L, 2D): the output asks, with the short features
         score, index = self.search(asks, memory, top_k or self.top_k, read - z.shape[1])  # (B, L, K)
         q = self.query(asks).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
@@ -191,11 +190,10 @@ class Retrieval(nn.Module):
         u = torch.cat([z.new_zeros(len(z), 1, z.shape[2]) if past is None else past.u, u], dim=1)
         z = z if past is None else torch.cat([past.z, z], dim=1)
         end = z.shape[1] // self.chunk_size * self.chunk_size  # tokens whose chunks are finished now
-        if past is not None and end == 0:
-            return past._replace(u=u, z=z)
-        new = self.encode(u[:, :end + 1], z[:, :end])
-        new = new if past is None else [append(*pair) for pair in zip(past[:3], new)]
-        return Memory(*new, u[:, end:].clone(), z[:, end:].clone())
+        if past is None or end:
+            new = self.encode(u[:, :end + 1], z[:, :end])
+            past = Memory(*(new if past is None else map(append, past[:3], new)), u, z)
+        return past._replace(u=u[:, end:].clone(), z=z[:, end:].clone())
 
     def encode(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u: (B, 1 + M·U, D), z: (B, M·U, D) -> c, k, v of M chunks. Token keys are one step late: the key of
@@ -272,7 +270,7 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
     """Attention to the K·U tokens j of the chosen chunks: r = Σ_j w_j v_j, where, with s the chunks' scores,
 
         w = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
-    The second term lets the loss say "this chunk more, that one less": it trains the search.
+    The second term lets the loss say "this chunk more, that one less": it trains the search (not with K = 1).
     q: (B, L, H, E), k, v: (B, M, U, H, E), score, index: (B, L, K) -> r: (B, L, H, E), zero without a chunk.
     """
     B, L, H, E = q.shape
@@ -289,10 +287,10 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
 
 # ---------------------------------------------------------------------------------------------- backbones
 # Any causal module of PyTorch's convention for recurrent modules, batch first: output, state = module(input,
-# state=None), both (B, L, D). nn.GRU(D, D, batch_first=True) is one. The layer adds the residual connection.
+# state=None), input and output (B, L, D), the state anything. nn.GRU(D, D, batch_first=True) is one. The layer adds the residual connection.
 
 class GatedRecurrence(nn.Module):
-    """h = a·h + (1-a)·v, output linear (h · silu(g)), with v, g and the gate a in (0, 1) linear in the input."""
+    """h = a·h + (1-a)·v, output linear (h · silu(g)), with a = sigmoid, and v and g, linear in the input."""
 
     def __init__(self, d_model: int):
         super().__init__()
@@ -312,7 +310,7 @@ class SelectiveSSM(nn.Module):
     """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan,
 
         h[d, n] = exp(Δ[d]·A[d, n])·h[d, n] + Δ[d]·B[n]·u[d],   y[d] = Σ_n C[n]·h[d, n] + skip[d]·u[d],
-    with step Δ, input map B and output map C linear in the token, A < 0 learned. Output: linear (y · silu(gate)).
+    with step Δ = softplus, input map B and output map C linear in the token, A < 0 learned. Output: linear (y · silu(gate)).
     """
 
     def __init__(self, d_model: int, d_state: int = 16):
@@ -337,8 +335,8 @@ class SelectiveSSM(nn.Module):
 
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "ssm": SelectiveSSM}
 BRANCHES = {"exact": lambda c: Retrieval(c.d_model, c.n_head, c.chunk_size, c.top_k, c.d_search)}
-scan, search, attend = scan_naive, search_naive, attend_naive  # Part II puts fast ones in their place, and checks
-append = lambda past, new: torch.cat([past, new], dim=1)  # noqa: E731
+scan, search, attend = scan_naive, search_naive, attend_naive  # Part II rebinds these eight names:
+append = lambda past, new: torch.cat([past, new], dim=1)  # fast versions, and real checks
 check_config = check_call = check_generate = check_branch = check_scan = check_search = lambda *_: None
 # ============================================================================================= END OF PART I
 
@@ -423,7 +421,7 @@ def _scan_grid(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, backwards: bool = 
         h = torch.addcmul(b_t, a_t, h, out=out_t)
 
 
-# 2. The search. A block of queries meets all chunks that ended before its last one in one matrix product. Which
+# 2. The search. A block of queries is multiplied with every chunk that its last query may see, in one product. Which
 #    chunks win is found without a graph; then the winners' scores alone get a gradient, so memory grows with L·K.
 
 def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
@@ -511,7 +509,7 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
         return torch.zeros_like(q)
     score, index = score[..., :few], index[..., :few]
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
-    log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K)
+    log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K); of -inf alone it would be NaN
     return _Attend.apply(q, k, v, log_p, index).masked_fill(nothing.unsqueeze(-1), 0)
 
 
@@ -569,12 +567,12 @@ def _own(x: Tensor) -> Tensor:
 # 4. The inverted file (IVF, as in FAISS): similar chunks stand in one of n_list lists, each with a centroid, the
 #    direction of its mean key. A query scores the centroids, and then only the chunks in the n_probe lists of the
 #    best. It stays causal, and indifferent to how a text is cut into calls, as
-#      * the centroids come from the first SAMPLE·n_list chunks; a query that sees no more searches exactly;
-#      * a chunk joins its list when it is finished, and stays there; equal keys join equal lists, as similarity is
-#        computed in float64 and rounded: a product of other rows, which adds up in another order, gives the same.
+#      * the centroids come from the first SAMPLE·n_list chunks; a query that sees fewer searches exactly;
+#      * a chunk joins its list when it is finished, and stays there. Similarity is computed in float64 and rounded to
+#        float32: a product of other rows adds up in another order, and the last bits must not choose the list.
 #    A chunk that is like no centroid would be lost in whichever list it joins, and is just what one looks for. So
-#    outliers, less like their centroid than all but one in OUTLIERS of the first chunks, have a list of their own,
-#    the last, and every query probes it.
+#    outliers, chunks less like their centroid than the least similar one in OUTLIERS of the first, have a list of
+#    their own, the last, and every query probes it.
 
 SAMPLE = 16  # chunks per list, from which the centroids are found
 OUTLIERS = 1024
@@ -583,23 +581,23 @@ OUTLIERS = 1024
 class Lists(NamedTuple):
     centroids: Tensor  # (B, n_list, S); (B, 0, S) as long as there are fewer than SAMPLE·n_list chunks
     least: Tensor  # (B, 1), the similarity to a centroid below which a chunk is an outlier
-    member: Tensor  # (B, M), the list of each chunk, n_list for outliers; (B, 0) as long
+    member: Tensor  # (B, M), the list of each chunk, n_list for outliers; (B, 0) until there are lists
 
 
 def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists:
     """The lists of chunk keys c: (B, M, S); known: those of the first of them."""
     c = c.detach().float()
     if known is None or known.centroids.shape[1] == 0:
-        nobody = torch.empty(len(c), 0, dtype=torch.int64, device=c.device)
+        unassigned = torch.empty(len(c), 0, dtype=torch.int64, device=c.device)
         if c.shape[1] < SAMPLE * n_list:
-            return Lists(c[:, :0], c[:, :0, 0], nobody)
+            return Lists(c[:, :0], c[:, :0, 0], unassigned)
         sample = c[:, :SAMPLE * n_list]
         centroids = sample[:, ::SAMPLE]
         for _ in range(8):  # rounds of k-means on the sphere
             member = F.one_hot(_nearest(sample, centroids)[1][..., 0], n_list).to(c.dtype)  # (B, SAMPLE·n_list, n_list)
             centroids = F.normalize(member.mT @ sample, dim=-1)
         ranked = _nearest(sample, centroids)[0].sort(dim=1).values  # (B, SAMPLE·n_list, 1)
-        known = Lists(centroids, ranked[:, sample.shape[1] // OUTLIERS], nobody)
+        known = Lists(centroids, ranked[:, sample.shape[1] // OUTLIERS], unassigned)
     similarity, member = (x.squeeze(-1) for x in _nearest(c[:, known.member.shape[1]:], known.centroids))
     member = member.masked_fill(similarity < known.least, n_list)
     return known._replace(member=torch.cat([known.member, member], dim=1))
@@ -607,7 +605,7 @@ def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists:
 
 def _nearest(x: Tensor, centroids: Tensor, n: int = 1) -> tuple[Tensor, Tensor]:
     """x: (B, L, S), centroids: (B, n_list, S) -> similarity and number of the n most similar ones: (B, L, n)."""
-    blocks = x.float().split(max(1, 2**22 // centroids[..., 0].numel()), dim=1)  # that fit the memory
+    blocks = x.float().split(max(1, 2**22 // centroids[..., 0].numel()), dim=1)  # small enough for RAM
     best = [(block.double() @ centroids.double().mT).float().topk(n) for block in blocks]
     return torch.cat([one.values for one in best], dim=1), torch.cat([one.indices for one in best], dim=1)
 
@@ -732,7 +730,7 @@ search = _switch(search_naive, search_parallel, kernels.search)
 attend = _switch(attend_naive, attend_parallel)
 
 
-# 7. For use: methods of the classes of Part I, which the lesson does not need.
+# 7. For use: methods of the classes of Part I, which reading it does not need.
 
 @torch.no_grad()
 def inspect(self: Resona, tokens: Tensor, top_k: int | None = None) -> list[dict[str, Tensor]]:

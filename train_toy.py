@@ -238,7 +238,8 @@ def train(name: str, model: Resona, task: Any, args: argparse.Namespace) -> floa
         inputs, targets = (torch.as_tensor(x, device=args.device) for x in task.batch(rng))
         loss, accuracy = train_step(shared, optimizer, lr, inputs, targets)
         if math.isnan(loss):
-            raise UserError(f"{name} diverged at step {step + 1}; its last save is {path}; try a lower --lr")
+            last = f"; its last save is {path}" if path.exists() else ""
+            raise UserError(f"{name} diverged at step {step + 1}{last}; try a lower --lr")
         losses.append(loss)
         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == task.steps:
@@ -364,7 +365,7 @@ def prepare(args: argparse.Namespace, task: Any) -> None:
     for flag, value, least in (("steps", task.steps, 1), ("lr", min(task.lr.values()), 1e-9), ("seed", args.seed, 0),
                                ("lengths", min(task.lengths), 1), ("save-every", args.save_every, 1)):
         if not least <= value < 2**32:
-            raise UserError(f"--{flag} must be at least {least}, got {value}")
+            raise UserError(f"--{flag} must be at least {least} and below 2**32, got {value}")
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         if WORLD > 1:  # on a GPU of its own each, or on the CPU
