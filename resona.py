@@ -434,13 +434,13 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
     with torch.no_grad():
         found = [_best_chunks(q[:, t:t + block], c, top_k, chunk_size, offset + t) for t in range(0, L, block)]
         score, index = (torch.cat(parts, dim=1) for parts in zip(*found))
-    return _Winners.apply(q, c, index, score) if M else score, index
+    return score_of(q, c, index) if torch.is_grad_enabled() and M else score, index
 
 
 def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
     """q: (B, L, S), c: (B, M, S) -> score, index: (B, L, top_k)."""
     L, M = q.shape[1], c.shape[1]
-    all_see, some_see = min(M, offset // chunk_size), min(M, (offset + L - 1) // chunk_size)
+    all_see, some_see = min(M, offset // chunk_size), min(M, (offset + L - 1) // chunk_size)  # chunks
     score = q @ c[:, :some_see].mT  # (B, L, some_see)
     if all_see < some_see:
         ended = torch.arange(offset, offset + L, device=q.device) // chunk_size  # chunks that each query may see
@@ -454,47 +454,19 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
     return score, index
 
 
-class _Winners(torch.autograd.Function):
-    """The scores of the winners, q[t]·c[index[t, i]], with a gradient to q and c; computed, unless they are known."""
-
-    @staticmethod
-    def forward(ctx, q, c, index, score=None):
-        ctx.save_for_backward(q, c, index)
-        if score is None:
-            queries = q.flatten(0, 1)
-            score = torch.cat([(queries[t].unsqueeze(1) * chosen).sum(2) for t, chosen in _gather(*_table(c, index))])
-        return score.view(index.shape).masked_fill(index < 0, -math.inf)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dscore):
-        q, c, index = ctx.saved_tensors
-        table, rows = _table(c.contiguous(), index)
-        q, dq, dc = q.flatten(0, 1), torch.empty_like(q).flatten(0, 1), torch.zeros_like(table)
-        dscore = dscore.masked_fill(index < 0, 0).flatten(0, 1)  # (B·L, K)
-        for t, chosen in _gather(table, rows):
-            dq[t] = (dscore[t].unsqueeze(1) @ chosen).squeeze(1)
-            dc.index_add_(0, rows[t].flatten(), (dscore[t].unsqueeze(2) * q[t].unsqueeze(1)).flatten(0, 1))
-        return dq.view(*index.shape[:2], -1), dc.view(c.shape), None, None
+def score_of(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
+    """q: (B, L, S), c: (B, M, S), M >= 1, index: (B, L, K) -> q[t]·c[index[t, i]], -inf where the index is -1."""
+    table, rows = _table(c, index)
+    score = F.embedding(rows, table) @ q.flatten(0, 1).unsqueeze(2)  # (B·L, K, 1)
+    return score.view(index.shape).masked_fill(index < 0, -math.inf)
 
 
 def _table(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """x: (B, M, ...), index: (B, L, K) -> a table of the chunks of all rows of the batch, (R, width), and where in it
-    the chosen stand: (B·L, K), chunk 0 for an empty slot. Nothing is copied, even where append has left room."""
-    (B, M), width = x.shape[:2], math.prod(x.shape[2:])
-    if not (x[:1].is_contiguous() and x.stride(0) % width == 0 and x.stride(0) >= M * width):
-        x = x.contiguous()
-    step = x.stride(0) // width if B > 1 else M  # rows of the table between the rows of the batch
-    first = step * torch.arange(B, device=x.device).view(B, 1, 1)
-    return x.as_strided(((B - 1) * step + M, width), (width, 1)), (index.clamp(min=0) + first).flatten(0, 1)
-
-
-def _gather(table: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a table (R, width) by rows: (T, K), n of the T at a time: which (a slice), and what they gather:
-    (n, K, width), about a quarter of a million numbers, which stay in the processor's cache."""
-    n = max(1, 2**18 // (rows.shape[1] * table.shape[1]))
-    for t in (slice(start, start + n) for start in range(0, len(rows), n)):
-        yield t, table.index_select(0, rows[t].flatten()).view(-1, rows.shape[1], table.shape[1])
+    """x: (B, M, ...), index: (B, L, K) -> the chunks of all rows of the batch in one table, (B·M, width), and where in
+    it the chosen stand: (B·L, K), anywhere for an empty slot."""
+    x = getattr(x, "buffer", x)  # all of a memory that grows (5.), for its used part would have to be copied
+    first = x.shape[1] * torch.arange(len(x), device=x.device).view(-1, 1, 1)
+    return x.flatten(0, 1).flatten(1), (index.clamp(min=0) + first).flatten(0, 1)
 
 
 # 3. Attend. Keys and values of the chosen chunks are gathered for a block of queries at a time. All heads take part
@@ -504,10 +476,8 @@ def _gather(table: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """The same as attend_naive for a block of queries at once."""
-    few = min(index.shape[2], k.shape[1])  # slots beyond the M-th are always empty
-    if few == 0:
+    if k.shape[1] == 0:
         return torch.zeros_like(q)
-    score, index = score[..., :few], index[..., :few]
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K); of -inf alone it would be NaN
     return _Attend.apply(q, k, v, log_p, index).masked_fill(nothing.unsqueeze(-1), 0)
@@ -530,7 +500,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, dr):
         q, k, v, log_p, index = (x.contiguous() for x in ctx.saved_tensors)
         K, dr, dq, dlog_p = index.shape[2], dr.flatten(0, 1), torch.empty_like(q), torch.empty_like(log_p)
-        dk, dv = (torch.zeros_like(_table(x, index)[0]) for x in (k, v))
+        dk, dv = (x.new_zeros(x.shape).flatten(0, 1).flatten(1) for x in (k, v))
         for t, rows, queries, keys, values, w in _attend_blocks(q, k, v, log_p, index):
             douts = _spread(dr[t])
             dw = douts @ values.mT  # (n, H, J)
@@ -546,9 +516,10 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, index: Tensor
     """n of all queries at a time: which (a slice); the rows of the table that they gather (n·K); the queries, spread
     and scaled (n, H, D); keys and values of the J = K·U tokens of each (n, J, D); the weights (n, H, J)."""
     (H, E), U, q, log_p = q.shape[2:], k.shape[2], q.flatten(0, 1), log_p.flatten(0, 1)
-    (keys, rows), (values, _) = _table(k, index), _table(v, index)
-    for (t, keys), (_, values) in zip(_gather(keys, rows), _gather(values, rows)):
-        keys, values = (x.view(len(x), -1, H * E) for x in (keys, values))
+    (k, rows), (v, _) = _table(k, index), _table(v, index)
+    n = max(1, 2**18 // (rows.shape[1] * k.shape[1]))  # so that what is gathered stays in the processor's cache
+    for t in (slice(start, start + n) for start in range(0, len(q), n)):
+        keys, values = (F.embedding(rows[t], x).view(-1, rows.shape[1] * U, H * E) for x in (k, v))
         queries = _spread(q[t] / math.sqrt(E))
         logit = queries @ keys.mT + log_p[t].unsqueeze(2).expand(-1, -1, U).flatten(1).unsqueeze(1)
         yield t, rows[t].flatten(), queries, keys, values, logit.softmax(2)
@@ -579,27 +550,27 @@ OUTLIERS = 1024
 
 
 class Lists(NamedTuple):
-    centroids: Tensor  # (B, n_list, S); (B, 0, S) as long as there are fewer than SAMPLE·n_list chunks
-    least: Tensor  # (B, 1), the similarity to a centroid below which a chunk is an outlier
-    member: Tensor  # (B, M), the list of each chunk, n_list for outliers; (B, 0) until there are lists
+    centroids: Tensor  # (B, n_list, S)
+    threshold: Tensor  # (B, 1), the similarity to a centroid below which a chunk is an outlier
+    member: Tensor  # (B, M), the list of each chunk, n_list for outliers
 
 
-def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists:
-    """The lists of chunk keys c: (B, M, S); known: those of the first of them."""
+def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists | None:
+    """The lists of chunk keys c: (B, M, S), None while there are fewer than SAMPLE·n_list; known: of the first chunks."""
     c = c.detach().float()
-    if known is None or known.centroids.shape[1] == 0:
-        unassigned = torch.empty(len(c), 0, dtype=torch.int64, device=c.device)
+    if known is None:
         if c.shape[1] < SAMPLE * n_list:
-            return Lists(c[:, :0], c[:, :0, 0], unassigned)
+            return None
         sample = c[:, :SAMPLE * n_list]
         centroids = sample[:, ::SAMPLE]
         for _ in range(8):  # rounds of k-means on the sphere
             member = F.one_hot(_nearest(sample, centroids)[1][..., 0], n_list).to(c.dtype)  # (B, SAMPLE·n_list, n_list)
             centroids = F.normalize(member.mT @ sample, dim=-1)
         ranked = _nearest(sample, centroids)[0].sort(dim=1).values  # (B, SAMPLE·n_list, 1)
+        unassigned = torch.empty(len(c), 0, dtype=torch.int64, device=c.device)
         known = Lists(centroids, ranked[:, sample.shape[1] // OUTLIERS], unassigned)
     similarity, member = (x.squeeze(-1) for x in _nearest(c[:, known.member.shape[1]:], known.centroids))
-    member = member.masked_fill(similarity < known.least, n_list)
+    member = member.masked_fill(similarity < known.threshold, n_list)
     return known._replace(member=torch.cat([known.member, member], dim=1))
 
 
@@ -614,18 +585,19 @@ def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, l
                n_probe: int) -> tuple[Tensor, Tensor]:
     """search_naive among the chunks of the n_probe lists whose centroids are most similar, and the outliers."""
     check_search(q, c, top_k, chunk_size, offset)
-    wide, L, n_list = torch.promote_types(q.dtype, torch.float32), q.shape[1], lists.centroids.shape[1]
+    wide, n_list = torch.promote_types(q.dtype, torch.float32), lists.centroids.shape[1]
     q, c = q.to(wide), c.to(wide)
-    few = min(L, max(0, SAMPLE * n_list * chunk_size - offset)) if n_list else L  # queries that see too few chunks
+    early = min(q.shape[1], max(0, SAMPLE * n_list * chunk_size - offset))  # queries that see too few chunks for lists
     with torch.no_grad():
-        index = torch.full((len(q), L, top_k), -1, device=q.device)
-        if few:
-            index[:, :few] = search_parallel(q[:, :few], c[:, :SAMPLE * n_list or None], top_k, chunk_size, offset)[1]
-        if few < L:
-            probed = F.pad(_nearest(q[:, few:], lists.centroids, min(n_probe, n_list))[1], (0, 1), value=n_list)
-            for i in range(len(q)):
-                index[i, few:] = _probe(q[i, few:], c[i], top_k, chunk_size, offset + few, probed[i], lists.member[i])
-    return (_Winners.apply(q, c, index) if c.shape[1] else index.to(wide) * math.inf), index
+        index = torch.full((*q.shape[:2], top_k), -1, device=q.device)
+        if early:
+            index[:, :early] = search_parallel(q[:, :early], c[:, :SAMPLE * n_list], top_k, chunk_size, offset)[1]
+        if early < q.shape[1]:
+            probed = F.pad(_nearest(q[:, early:], lists.centroids, min(n_probe, n_list))[1], (0, 1), value=n_list)
+            for row in range(len(q)):
+                index[row, early:] = _probe(
+                    q[row, early:], c[row], top_k, chunk_size, offset + early, probed[row], lists.member[row])
+    return score_of(q, c, index), index
 
 
 def _probe(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, probed: Tensor, member: Tensor) -> Tensor:
@@ -640,8 +612,8 @@ def _probe(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, probe
     else:
         lists = zip(*(x.argsort(stable=True).split(x.bincount(minlength=n_list + 1).tolist())
                       for x in (probed.flatten(), member)))
-    for pair, chunk in lists:
-        for pair in pair.split(max(1, 2**22 // len(chunk))) if len(pair) and len(chunk) else ():
+    for pairs, chunk in lists:
+        for pair in pairs.split(max(1, 2**22 // len(chunk))) if len(pairs) and len(chunk) else ():
             hidden = (chunk + 1) * chunk_size > (offset + pair // P).unsqueeze(1)
             best, at = (q[pair // P] @ c[chunk].mT).masked_fill_(hidden, -math.inf).topk(min(top_k, len(chunk)))
             value[pair, :best.shape[1]], index[pair, :best.shape[1]] = best, chunk[at]
@@ -661,8 +633,9 @@ class RetrievalIVF(Retrieval):
         return memory._replace(lists=update_lists(memory.c, self.n_list, past and past.lists))
 
     def search(self, asks: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        q = self.scaled_query(asks)
-        return search_ivf(q, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
+        if memory.lists is None:
+            return super().search(asks, memory, top_k, offset)
+        return search_ivf(self.scaled_query(asks), memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
 
 
 BRANCHES["ivf"] = lambda c: RetrievalIVF(
