@@ -484,16 +484,23 @@ def test_any_recurrence_copies_with_the_branch_and_not_without(backbone):
 # ---------------------------------------------------------------------------- resona.py: the inverted file
 def ivf_by_mask(q, c, top_k, chunk_size, offset, lists, n_probe):
     """All scores, those of chunks outside the probed lists and the outliers' masked: the definition."""
-    position, M, n_list = offset + torch.arange(q.shape[1]), c.shape[1], lists.centroids.shape[1]
+    position, M = offset + torch.arange(q.shape[1]), c.shape[1]
     hidden = (torch.arange(M) + 1) * chunk_size > position[:, None]  # (L, M)
     score = (q @ c.mT).masked_fill(hidden, -math.inf)
-    if n_list:
+    if lists:
+        n_list = lists.centroids.shape[1]
         probed = (q @ lists.centroids.to(q).mT).topk(min(n_probe, n_list)).indices  # (B, L, n_probe)
         member = lists.member[:, None]  # (B, 1, M)
         inside = (member.unsqueeze(-1) == probed.unsqueeze(2)).any(-1) | (member == n_list)
         few = position // chunk_size < resona.SAMPLE * n_list  # these queries search exactly
         score = score.masked_fill(~inside & ~few[:, None], -math.inf)
     return F.pad(score, (0, top_k), value=-math.inf).topk(top_k).values
+
+
+def by_lists(q, c, top_k, chunk_size, offset, lists, n_probe):
+    """What the branch does: there are no lists until there are enough chunks."""
+    sizes = (q, c, top_k, chunk_size, offset)
+    return search_ivf(*sizes, lists, n_probe) if lists else search_parallel(*sizes)
 
 
 @pytest.mark.parametrize("B, L, M, S, top_k, chunk_size, offset, n_list, n_probe", [
@@ -505,8 +512,8 @@ def test_search_ivf_matches_all_scores_masked(
         B, L, M, S, top_k, chunk_size, offset, n_list, n_probe, dtype, sample):
     q, c = search_inputs(B, L, M, S, dtype)
     lists = update_lists(c, n_list)
-    assert lists.centroids.shape == (B, n_list if M >= 2 * n_list else 0, S)
-    found = search_ivf(q, c, top_k, chunk_size, offset, lists, n_probe)
+    assert (lists is None) == (M < 2 * n_list) and (lists is None or lists.centroids.shape == (B, n_list, S))
+    found = by_lists(q, c, top_k, chunk_size, offset, lists, n_probe)
     want = ivf_by_mask(q, c, top_k, chunk_size, offset, lists, n_probe)
     check_found(found, want.detach(), q, c, chunk_size, offset)
     if (found[1] >= 0).any():
@@ -517,7 +524,7 @@ def test_ivf_with_all_lists_probed_is_the_exact_search(sample):
     q, c = search_inputs(2, 50, 24, 4)
     want, index = search_naive(q, c, 3, 2)
     for n_list, n_probe in ((5, 5), (5, 9), (12, 12), (13, 1)):  # 13: there are no lists yet
-        found = search_ivf(q, c, 3, 2, 0, update_lists(c, n_list), n_probe)
+        found = by_lists(q, c, 3, 2, 0, update_lists(c, n_list), n_probe)
         check_found(found, want, q, c, 2)
         assert torch.equal(found[1], index)
     assert not torch.equal(search_ivf(q, c, 3, 2, 0, update_lists(c, 5), 1)[1], index)
@@ -534,12 +541,12 @@ def test_ivf_lists_are_the_same_however_they_were_fed(sample):
     whole, lists = update_lists(c, 3), None
     assert torch.equal(whole.member[:, 20:25], whole.member[:, 3:8])  # equal keys join equal lists
     similar, nearest = (c @ whole.centroids.mT).max(-1)
-    assert_close(whole.least[:, 0], similar[:, :6].amin(-1))  # of the first SAMPLE·3
-    assert torch.equal(whole.member, nearest.where(similar >= whole.least - 1e-6, torch.tensor(3)))
+    assert_close(whole.threshold[:, 0], similar[:, :6].amin(-1))  # of the first SAMPLE·3
+    assert torch.equal(whole.member, nearest.where(similar >= whole.threshold - 1e-6, torch.tensor(3)))
     assert 0 < (whole.member == 3).sum() < 60
     for n in range(1, 31):
         lists = update_lists(c[:, :n], 3, lists)
-        assert lists.member.shape == (2, n if n >= 6 else 0)  # none with fewer than SAMPLE·3
+        assert (lists is None) == (n < 6) and (lists is None or lists.member.shape == (2, n))  # none below SAMPLE·3
         for one in (lists, update_lists(c[:, :n], 3)):
             assert all(torch.equal(got, want) for got, want in zip(update_lists(c, 3, one), whole))
 

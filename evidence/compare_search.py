@@ -61,6 +61,8 @@ def compare(branch: Retrieval, memory: Memory, q: Tensor) -> tuple[float, float,
     first = memory.c.shape[1] * branch.chunk_size - q.shape[1]  # the position of the first query
     sizes = (q, memory.c, TOP_K, branch.chunk_size, first)
     exact, exact_ms = timed(lambda: resona.search_parallel(*sizes)[1])
+    if memory.lists is None:  # too few chunks for lists: all are scored
+        return 1.0, 1.0, exact_ms, exact_ms
     found, found_ms = timed(lambda: resona.search_ivf(*sizes, memory.lists, branch.n_probe)[1])
     recall = (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean().item()
     return recall, share_scored(branch, memory, q), exact_ms, found_ms
@@ -69,8 +71,6 @@ def compare(branch: Retrieval, memory: Memory, q: Tensor) -> tuple[float, float,
 def share_scored(branch: Retrieval, memory: Memory, q: Tensor) -> float:
     centroids, _, member = memory.lists
     n_list = centroids.shape[1]
-    if n_list == 0:  # too few chunks for lists: all are scored
-        return 1.0
     probed = (q @ centroids.mT).topk(min(branch.n_probe, n_list)).indices[0]
     sizes = member[0].bincount(minlength=n_list + 1)[F.pad(probed, (0, 1), value=n_list)]  # and the outliers
     return (n_list + sizes.sum(1).float().mean().item()) / memory.c.shape[1]
