@@ -754,6 +754,14 @@ def check_int(name: str, value: Any, least: int = 1) -> None:
     check(type(value) is int and value >= least, f"{name} must be an integer of at least {least}, got {value!r:.60}")
 
 
+def check_tensors(names: str, ok: bool, shapes: str, *tensors: Tensor) -> None:
+    """ok: have they the shapes that these names are to have?"""
+    kinds = {(x.dtype, x.device) for x in tensors}
+    check(ok, f"{names} must have shapes {shapes}, got {', '.join(str([*x.shape]) for x in tensors)}")
+    check(len(kinds) == 1 and tensors[0].is_floating_point(),
+          f"{names} must share one floating dtype and one device, got {kinds}")
+
+
 def check_config(c: ResonaConfig) -> None:
     for field in fields(c):
         if field.type == "int":  # a string: annotations are not evaluated in this file
@@ -792,22 +800,17 @@ def check_generate(max_new_tokens: int, temperature: float) -> None:
 
 
 def check_branch(z: Tensor, u: Tensor, y: Tensor) -> None:
-    check(z.ndim == 3 and z.shape == u.shape == y.shape, "z, u and the backbone's output y must share one shape "
-          f"(B, L, D), got {[*z.shape]}, {[*u.shape]} and {[*y.shape]}")
+    check_tensors("z, u and the backbone's output y", z.ndim == 3 and z.shape == u.shape == y.shape, "(B, L, D)", z, u, y)
 
 
 def check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
-    kinds = {(x.dtype, x.device) for x in (a, b, b if h0 is None else h0)}
-    check(a.ndim == 3 and a.shape == b.shape and a.shape[1] > 0 and (h0 is None or h0.shape == b[:, 0].shape),
-          "a and b must share one shape (B, L, D) with L >= 1, and h0 have (B, D), "
-          f"got {[*a.shape]}, {[*b.shape]} and {h0 if h0 is None else [*h0.shape]}")
-    check(len(kinds) == 1 and b.is_floating_point(), f"a, b and h0 must share one floating dtype and device, got {kinds}")
+    start = () if h0 is None else (h0,)
+    ok = a.ndim == 3 and a.shape == b.shape and a.shape[1] > 0 and all(x.shape == b[:, 0].shape for x in start)
+    check_tensors("a, b and h0", ok, "(B, L, D), the same, with L >= 1, and (B, D)", a, b, *start)
 
 
 def check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> None:
-    check(q.ndim == c.ndim == 3 and q.shape[0] == c.shape[0] and q.shape[2] == c.shape[2],
-          f"q and c must have shapes (B, L, S) and (B, M, S), got {[*q.shape]} and {[*c.shape]}")
-    check(q.dtype == c.dtype and q.device == c.device and q.is_floating_point(),
-          f"q and c must share one floating dtype and device, got {q.dtype}, {c.dtype} on {q.device}, {c.device}")
+    ok = q.ndim == c.ndim == 3 and q.shape[0] == c.shape[0] and q.shape[2] == c.shape[2]
+    check_tensors("q and c", ok, "(B, L, S) and (B, M, S)", q, c)
     for name, value, least in (("top_k", top_k, 1), ("chunk_size", chunk_size, 1), ("offset", offset, 0)):
         check_int(name, value, least)

@@ -881,7 +881,7 @@ def test_resona_learns_to_copy(tmp_path):
     assert scores.keys() == {"token_accuracy", "sequence_accuracy"}
     assert scores["token_accuracy"] > 0.5 and 0 <= scores["sequence_accuracy"] <= 1  # chance is 1/26
     rows = Copying().test(np.random.default_rng([0, 1, 32]), 32)["32"]
-    loaded = train_toy.evaluate(Resona.load(tmp_path / "resona.pt"), rows, "cpu", Copying.test_top_k)
+    loaded = train_toy.evaluate(Resona.load(tmp_path / "resona.pt"), rows, "cpu")
     assert loaded == pytest.approx(scores, abs=1e-3)
 
 

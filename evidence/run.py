@@ -96,6 +96,11 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def more_chunks(task: Any) -> int | None:
+    """The k of its tests, besides that of training: tasks of many look-ups gain from it."""
+    return getattr(task, "test_top_k", None)
+
+
 def test(models: dict[str, Resona], task: Any, args: argparse.Namespace, free: bool,
          stream: int = 1) -> dict[str, Scores]:
     """Every model on every test; Resona also with more chunks, under the label resona@K. Rows of the seed's stream
@@ -105,7 +110,7 @@ def test(models: dict[str, Resona], task: Any, args: argparse.Namespace, free: b
         tests.update(task.test(np.random.default_rng([args.seed, stream, length]), length))
     scores: dict[str, Scores] = {}
     for name in models:
-        for top_k in [None, task.test_top_k] if name == "resona" and task.test_top_k else [None]:
+        for top_k in [None, more_chunks(task)] if name == "resona" and more_chunks(task) else [None]:
             label = f"{name}@{top_k}" if top_k else name
             scores[label] = {}
             for which, rows in tqdm(tests.items(), f"  {label}", ncols=100, unit="test"):
@@ -145,7 +150,7 @@ def run(args: argparse.Namespace, task: Any, models: tuple[str, ...], free: bool
               "train_seconds": seconds, "parameters": {name: count(model) for name, model in trained.items()},
               "results": {name: best(scores, name, task) for name in models},
               "steps": task.steps, "lr": {name: task.lr[name] for name in models}, "backbone": args.backbone}
-    if "resona" in models and task.test_top_k:
+    if "resona" in models and more_chunks(task):
         report["resona_at_training_top_k"] = scores["resona"]
     save(args.out, report)
     return scores, report, trained
@@ -153,7 +158,7 @@ def run(args: argparse.Namespace, task: Any, models: tuple[str, ...], free: bool
 
 def best(scores: dict[str, Scores], model: str, task: Any) -> Scores:
     """Of Resona's two runs the one with more chunks."""
-    return scores.get(f"{model}@{task.test_top_k}", scores[model])
+    return scores.get(f"{model}@{more_chunks(task)}", scores[model])
 
 
 def save(out: Path, report: dict[str, Any]) -> None:
@@ -200,7 +205,7 @@ def sample(model: Resona, task: Any, args: argparse.Namespace) -> None:
     """What Resona writes after the first words of the held-out text."""
     prompt = torch.as_tensor(task.held_out[None, :200], device=args.device)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    text = model.generate(prompt, 300, temperature=0.5, generator=generator, top_k=task.test_top_k)[0]
+    text = model.generate(prompt, 300, temperature=0.5, generator=generator, top_k=more_chunks(task))[0]
     before, after = (bytes(part.tolist()).decode(errors="replace") for part in (text[:200], text[200:]))
     print(f"\na sample, after the marked place:\n{before}>>>{after}")
 
@@ -325,14 +330,14 @@ class Nothing(nn.Module):
     """In the place of one half of the chunk encoder."""
 
     def forward(self, x):
-        return x.new_zeros(*x.shape[:-1], ResonaConfig.d_search)
+        return x.new_zeros(*x.shape[:-1], 1)
 
 
 ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
     "as it is": ({}, lambda branch: None),
-    "chunks of 2 tokens": ({"chunk_size": 2}, lambda branch: None),
+    "chunks of 4 tokens": ({"chunk_size": 4}, lambda branch: None),
     "chunks of 8 tokens": ({"chunk_size": 8}, lambda branch: None),
-    "chunks of 16 tokens": ({"chunk_size": 16}, lambda branch: None),
+    "search of width 32": ({"d_search": 32}, lambda branch: None),
     "top_k 1 in training": ({"top_k": 1}, lambda branch: None),
     "top_k 2 in training": ({"top_k": 2}, lambda branch: None),
     "top_k 8 in training": ({"top_k": 8}, lambda branch: None),
