@@ -58,7 +58,7 @@ class ResonaConfig:
 
 
 class State(NamedTuple):
-    """What a model has read, as it returns it. Pass it back to go on; no call changes it in place."""
+    """All that a model keeps of what it has read. Pass it back to go on; no call changes it in place."""
 
     config: ResonaConfig
     layers: list[tuple]
@@ -79,7 +79,7 @@ class Resona(nn.Module):
     def forward(self, tokens: Tensor, state: State | None = None, top_k: int | None = None) -> tuple[Tensor, State]:
         """tokens: (B, L) int64 -> logits (B, L, vocab_size) for the token after each, and the state after all.
 
-        However a text is cut into calls, the logits are the same: model(tokens) equals model(tokens[:, :i])
+        The state law: however a text is cut into calls, the logits are the same. model(tokens) equals model(tokens[:, :i])
         followed by model(tokens[:, i:], state). top_k replaces config.top_k. Raises ValueError on bad input.
         """
         check_call(self, tokens, state, top_k)
@@ -105,7 +105,7 @@ class Resona(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + mix(backbone, retrieval), then x + MLP; its state is the three of its parts."""
+    """x + mix(backbone, retrieval), then x + MLP; its state: convolution's, backbone's, memory."""
 
     def __init__(self, config: ResonaConfig, retrieval: bool):
         super().__init__()
@@ -239,8 +239,8 @@ def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     a, b: (B, L, D), |a| <= 1, h0: (B, D) or zero -> h: (B, L, D) in the dtype of b, carried in float32 at least.
     """
     check_scan(a, b, h0)
-    wide = torch.promote_types(b.dtype, torch.float32)
-    h, hs = torch.zeros_like(b[:, 0]) if h0 is None else h0, []
+    wide, hs = torch.promote_types(b.dtype, torch.float32), []
+    h = torch.zeros_like(b[:, 0]) if h0 is None else h0
     for t in range(b.shape[1]):
         h = a[:, t].to(wide) * h.to(wide) + b[:, t].to(wide)
         hs.append(h)
@@ -286,8 +286,8 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
 
 
 # ---------------------------------------------------------------------------------------------- backbones
-# Any causal module of PyTorch's convention for recurrent modules, batch first: output, state = module(input,
-# state=None), input and output (B, L, D), the state anything. nn.GRU(D, D, batch_first=True) is one. The layer adds the residual connection.
+# Any causal module of PyTorch's convention for recurrent modules: output, state = module(input, state=None), both
+# (B, L, D), the state anything. nn.GRU(D, D, batch_first=True) is one. The residual connection is the layer's.
 
 class GatedRecurrence(nn.Module):
     """h = a·h + (1-a)·v, output linear (h · silu(g)), with a = sigmoid, and v and g, linear in the input."""
@@ -309,8 +309,8 @@ class GatedRecurrence(nn.Module):
 class SelectiveSSM(nn.Module):
     """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan,
 
-        h[d, n] = exp(Δ[d]·A[d, n])·h[d, n] + Δ[d]·B[n]·u[d],   y[d] = Σ_n C[n]·h[d, n] + skip[d]·u[d],
-    with step Δ = softplus, input map B and output map C linear in the token, A < 0 learned. Output: linear (y · silu(gate)).
+        h[d, n] = exp(Δ[d]·A[d, n])·h[d, n] + Δ[d]·In[n]·u[d],   y[d] = Σ_n Out[n]·h[d, n] + skip[d]·u[d],
+    with step Δ = softplus, maps In and Out linear in the token, and A < 0 learned. Output: linear (y · silu(gate)).
     """
 
     def __init__(self, d_model: int, d_state: int = 16):
@@ -326,10 +326,10 @@ class SelectiveSSM(nn.Module):
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         delta = F.softplus(self.delta(u)).unsqueeze(-1)  # (B, L, D, 1)
-        b, c = self.maps(u).unsqueeze(2).chunk(2, dim=-1)  # (B, L, 1, N)
+        into, out = self.maps(u).unsqueeze(2).chunk(2, dim=-1)  # (B, L, 1, N)
         a = torch.exp(-delta * self.log_minus_A.exp())  # (B, L, D, N)
-        h = scan(a.flatten(2), (delta * u.unsqueeze(-1) * b).flatten(2), h0)  # (B, L, D·N)
-        y = (h.view_as(a) * c).sum(-1) + self.skip * u
+        h = scan(a.flatten(2), (delta * u.unsqueeze(-1) * into).flatten(2), h0)  # (B, L, D·N)
+        y = (h.view_as(a) * out).sum(-1) + self.skip * u
         return self.output(y * F.silu(self.gate(u))), h[:, -1].clone()
 
 
@@ -556,7 +556,7 @@ class Lists(NamedTuple):
 
 
 def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists | None:
-    """The lists of chunk keys c: (B, M, S), None while there are fewer than SAMPLE·n_list; known: of the first chunks."""
+    """The lists of chunk keys c: (B, M, S), None while these are fewer than SAMPLE·n_list; known: of the first M."""
     c = c.detach().float()
     if known is None:
         if c.shape[1] < SAMPLE * n_list:
@@ -564,7 +564,7 @@ def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists | 
         sample = c[:, :SAMPLE * n_list]
         centroids = sample[:, ::SAMPLE]
         for _ in range(8):  # rounds of k-means on the sphere
-            member = F.one_hot(_nearest(sample, centroids)[1][..., 0], n_list).to(c.dtype)  # (B, SAMPLE·n_list, n_list)
+            member = F.one_hot(_nearest(sample, centroids)[1][..., 0], n_list).to(c.dtype)
             centroids = F.normalize(member.mT @ sample, dim=-1)
         ranked = _nearest(sample, centroids)[0].sort(dim=1).values  # (B, SAMPLE·n_list, 1)
         unassigned = torch.empty(len(c), 0, dtype=torch.int64, device=c.device)
@@ -602,7 +602,7 @@ def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, l
 
 def _probe(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, probed: Tensor, member: Tensor) -> Tensor:
     """q: (L, S), c: (M, S), probed: (L, P) lists -> index: (L, top_k), list by list: all queries that probe a list meet
-    its chunks in one matrix product. Each pair of a query and a list keeps its best; of these the query keeps the best."""
+    its chunks in one matrix product. Each pair of a query and a list keeps its best, the query the best of these."""
     (L, P), n_list = probed.shape, int(probed.max())
     value = q.new_full((L * P, top_k), -math.inf)  # a row for each pair
     index = torch.full(value.shape, -1, device=q.device)
@@ -800,7 +800,8 @@ def check_generate(max_new_tokens: int, temperature: float) -> None:
 
 
 def check_branch(z: Tensor, u: Tensor, y: Tensor) -> None:
-    check_tensors("z, u and the backbone's output y", z.ndim == 3 and z.shape == u.shape == y.shape, "(B, L, D)", z, u, y)
+    ok = z.ndim == 3 and z.shape == u.shape == y.shape
+    check_tensors("z, u and the backbone's output y", ok, "(B, L, D)", z, u, y)
 
 
 def check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:

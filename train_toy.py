@@ -6,8 +6,7 @@
     torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes, or GPUs
 
 Writes to --out: results.json; <model>.pt, which Resona.load reads (a Transformer's once this file is imported);
-<model>.train.pt, for --resume. On one machine's CPU, with as many threads, the same flags give the same numbers, bit for
-bit.
+<model>.train.pt, for --resume. On one CPU, with as many threads, the same flags give the same numbers, bit for bit.
 """
 
 from __future__ import annotations
