@@ -183,7 +183,7 @@ class Retrieval(nn.Module):
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
         alpha = torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 where nothing was found
         self.opened = {"index": index, "score": score.detach(), "alpha": alpha.detach()}  # for inspect
-        return (1 - alpha) * y + alpha * self.output(r.flatten(2)), memory
+        return torch.lerp(y, self.output(r.flatten(2)), alpha), memory  # (1-α)·y + α·r
 
     def remember(self, z: Tensor, u: Tensor, past: Memory | None) -> Memory:
         """Append L tokens. Every U tokens make a chunk, by position: a text cut into calls gives the same chunks."""
@@ -432,8 +432,9 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
     (B, L, _), M = q.shape, c.shape[1]
     block = max(1, min(256, 2**22 // max(1, B * M)))
     with torch.no_grad():
-        found = [_best_chunks(q[:, t:t + block], c, top_k, chunk_size, offset + t) for t in range(0, L, block)]
-        score, index = (torch.cat(parts, dim=1) for parts in zip(*found))
+        blocks = range(0, L, block)[::-1]  # the widest first: what it frees has room for the next
+        found = [_best_chunks(q[:, t:t + block], c, top_k, chunk_size, offset + t) for t in blocks]
+        score, index = (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
     return score_of(q, c, index) if torch.is_grad_enabled() and M else score, index
 
 

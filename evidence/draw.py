@@ -60,7 +60,7 @@ def draw_layer(ax) -> None:
     arrow(ax, (5.27, 1.2), (6.23, 1.2))
     arrow(ax, (7.77, 1.2), (8.33, 1.2))
     arrow(ax, (8.3, 3), (8.3, 2.2), (7.0, 2.2), (7.0, 1.53), colour=BLUE)
-    ax.text(7.65, 2.27, "the state asks", ha="center", color=BLUE, fontsize=10)
+    ax.text(7.65, 2.27, "y and u ask", ha="center", color=BLUE, fontsize=10)
     arrow(ax, (10.07, 1.2), (10.6, 1.2), (10.6, 2.67))
     ax.text(10.7, 1.9, "r", fontsize=10)
     ax.set(xlim=(0.2, 12.4), ylim=(0.7, 3.5))
@@ -79,7 +79,7 @@ def draw_strip(ax) -> None:
     ax.annotate("", (3.3, 0.85), (asking + 0.47, 0.85), arrowprops={
         "arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.32", "color": BLUE, "lw": 1.4})
     ax.text(4.9, 1.62, "I have read “ca”: where did something follow it?", ha="center", color=BLUE, fontsize=10)
-    notes = ("A token may open the chunks that ended before it. The key of “t”",
+    notes = ("Chunks of U = 2 tokens may be opened once they ended. The key of “t”",
              "describes what came before t: “ca”. Its value is t itself: so one",
              "look-up says what comes next, an induction head in one layer.")
     ax.text(7.6, 0.4, "\n".join(notes), va="center", fontsize=10.5)
@@ -100,12 +100,9 @@ def accuracy(files: list[str]) -> None:
     for file in files:
         report = json.loads(Path(file).read_text())
         for name, scores in report["results"].items():
-            curves.setdefault("Resona, k = 16" if name == "resona" else name, []).append(scores)
-        if "resona_at_training_top_k" in report:
-            curves.setdefault("Resona, k = 4", []).append(report["resona_at_training_top_k"])
+            curves.setdefault(name, []).append(scores)
     style = {"recurrence": ("recurrence alone", GREY, "s--"), "transformer": ("Transformer, rotary", RED, "v--"),
-             "Resona, k = 4": ("Resona, k = 4", ORANGE, "o-"), "Resona, k = 16": ("Resona, k = 16", BLUE, "o-"),
-             "nope": ("Transformer, no positions", GREEN, "d:")}
+             "nope": ("Transformer, no positions", GREEN, "d:"), "resona": ("Resona", BLUE, "o-")}
     figure, ax = plt.subplots(figsize=(9, 3.6))
     for name, (label, colour, line) in style.items():
         if name in curves:

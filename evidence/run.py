@@ -337,7 +337,7 @@ ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
     "as it is": ({}, lambda branch: None),
     "chunks of 4 tokens": ({"chunk_size": 4}, lambda branch: None),
     "chunks of 8 tokens": ({"chunk_size": 8}, lambda branch: None),
-    "search of width 32": ({"d_search": 32}, lambda branch: None),
+    "search of width 64": ({"d_search": 64}, lambda branch: None),
     "top_k 1 in training": ({"top_k": 1}, lambda branch: None),
     "top_k 2 in training": ({"top_k": 2}, lambda branch: None),
     "top_k 8 in training": ({"top_k": 8}, lambda branch: None),
