@@ -335,6 +335,7 @@ class Nothing(nn.Module):
 
 ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
     "as it is": ({}, lambda branch: None),
+    "chunks of 1 token": ({"chunk_size": 1, "top_k": 8, "d_search": 64}, lambda branch: None),
     "chunks of 4 tokens": ({"chunk_size": 4}, lambda branch: None),
     "chunks of 8 tokens": ({"chunk_size": 8}, lambda branch: None),
     "search of width 64": ({"d_search": 64}, lambda branch: None),
@@ -377,6 +378,7 @@ def ablate(args: argparse.Namespace, task: Any) -> None:
         train("resona", model, changed, own)
         (own.out / "resona.pt").unlink()  # Resona.load would not know what was patched
         scores = test({"resona": model}, changed, own, free=False).values()
+        (folder / "scores.json").write_text(json.dumps([*scores], indent=1))
         tests = tests_of(scores)
         cells = (" /".join(spread([one[which]["token_accuracy"]] if which in one else []) for one in scores)
                  for which in tests)
