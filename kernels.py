@@ -1,21 +1,27 @@
-"""The two hot loops of resona.py in Triton: the scan, and the search for the top-k chunks.
+"""The three hot loops of resona.py in Triton: the scan, the search for the top-k chunks, and attention to them.
 
     scan(a, b, h0=None)                           the same as resona.scan_naive, with gradients
     search(q, c, top_k, chunk_size, offset=0)     the same as resona.search_naive, with gradients
+    attend(q, k, v, score, index)                 the same as resona.attend_naive, with gradients
 
 The scan does two operations for every number it moves, so memory is its only limit: at best it reads each input
 and writes each output once (12 bytes an element in float32 forward, 20 backward). Where rows are too few to fill
-the GPU it cuts the sequence into chunks, whose inputs it reads twice (20 and 28 bytes). The product of a over a
-chunk must fit float32, as it does with |a| <= 1; resona.scan_parallel has no such limit. The search would write
-and read again a score for each pair of query and chunk; fused with the top-k it writes none of them.
+the GPU it cuts the sequence into blocks, whose inputs it reads twice (20 and 28 bytes). The product of a over a
+block must fit float32, as it does with |a| <= 1; resona.scan_parallel has no such limit. The search would write
+and read again a score for each pair of query and chunk; fused with the top-k it writes none of them. Attention
+would write the keys and values of the chosen chunks once for each query; here they go straight into registers.
 
 Importing this file needs neither Triton nor a GPU. Where a kernel cannot run (no Triton, a tensor on the CPU,
-float64, a search too large for the chip) it raises NotImplementedError, and resona.py takes the PyTorch twin.
+float64, sizes too large for the chip) it raises NotImplementedError, and resona.py takes the PyTorch twin.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
+from functools import cache
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -28,12 +34,14 @@ except ImportError:
     HAS_TRITON = False
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly: for tests
-BT, BD = 8, 128        # the scan's tile: steps, channels; 16 steps spill registers in float16
-BQ, BM = 64, 32        # the search's tile: queries, chunks; larger ones do not fit the registers
-MIN_CHUNK = 256        # steps in a chunk of the two-kernel scan, at least
-FILL = 512             # one-warp programs that keep a GPU's memory busy; with fewer the scan cuts L into chunks
+BT = 16                # steps in the scan's tile, all loaded before the first is used
+BQ, BM = 64, 64        # the search's tile: queries, chunks
+MIN_BLOCK = 256        # steps in a block of the two-kernel scan, at least
+FILL = 256             # programs that keep a GPU busy; with fewer, scan and search cut their long side
+SEGMENT = 32           # pairs of a query and a chunk for a program of attend's backward
 MAX_TOP_K = 64         # the search keeps its winners in registers,
 MAX_WIDTH = 256        # and whole queries and keys, of width S, in shared memory
+MAX_SLAB = 8192        # attend holds a chunk in registers: its U·D numbers, each size rounded up to a power of two
 
 
 def runs(x: Tensor) -> bool:
@@ -51,97 +59,109 @@ def _check(*tensors: Tensor) -> None:
         raise NotImplementedError(f"kernels need Triton and a tensor of at most float32 on a GPU: {missing}")
 
 
+@cache
+def trusted(kernel: Callable, twin: Callable, dtype: torch.dtype, device: torch.device) -> bool:
+    """Does the kernel give what its twin gives on a small input, in value and gradient? No GPU has timed these kernels
+    yet: so resona.py asks once in a process before it uses one, and a warning says if the answer is no."""
+    x = torch.rand(2, 40, 4, 16, dtype=dtype, device=device, requires_grad=True)
+    rows, chunks, index = x.flatten(2), x.unflatten(1, (10, 4)), torch.arange(10, device=device).expand(2, 40, 10)
+    call = {"scan": (rows, rows), "search": (rows, rows[:, ::4], 4, 4),
+            "attend": (x, chunks, chunks, x[..., 0, :10], index)}[twin.__name__.split("_")[0]]
+    try:
+        (ours, our_grad), (theirs, their_grad) = (
+            (y, torch.autograd.grad(y[y.isfinite()].float().square().mean(), x, retain_graph=True)[0])
+            for y in (out if isinstance(out, Tensor) else out[0] for out in (f(*call) for f in (kernel, twin))))
+        torch.testing.assert_close((ours, our_grad), (theirs, their_grad), rtol=0.02, atol=0.02, check_dtype=False)
+    except NotImplementedError:
+        return True  # its own word that it cannot take this, which the caller heeds
+    except Exception as error:  # a compiler has many
+        warnings.warn(f"the Triton kernel {kernel.__name__} is not used: {' '.join(str(error).split())[:200]}")
+        return False
+    return True
+
+
 # -------------------------------------------------------------------------------------- 1. the scan: kernels
-# A tile is BT steps of BD channels, held by a single warp: each lane then owns whole channels, the scan over
-# the rows of the tile is a loop in registers without shared memory, and loads are 128 bits wide.
+# A program is one warp and walks over BT steps at a time; each of its lanes owns 4 bytes of a row, one channel or two.
+# The rows of a tile are all loaded before the first is used or stored, so that a tile waits for memory once.
 
 if HAS_TRITON:
 
     @triton.jit
-    def combine(a1, b1, a2, b2):
-        """Two steps of h -> a·h + b as one."""
-        return a1 * a2, a2 * b1 + b2
+    def exists(d, i, left, D: tl.constexpr):
+        """Which channels d there are of row i, if `left` rows are."""
+        return d < tl.where(i < left, D, 0)
 
     @triton.jit
-    def load_steps(a, b, step, stop, row, d, L, D, BACKWARD: tl.constexpr):
-        """Steps of one batch row, (BT, BD) each, in float32; from `stop` on a=1, b=0, which changes nothing.
+    def load_tile(x, at, d, left, other: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, BT: tl.constexpr):
+        """A tuple of BT rows: those at `at`, at + STEP, ..., of which `left` exist."""
+        rows = ()
+        for i in tl.static_range(BT):
+            rows = rows + (tl.load(x + at + i * STEP, mask=exists(d, i, left, D), other=other),)
+        return rows
+
+    @triton.jit
+    def scan_kernel(a, b, h0, h, out, da, block_a, block_b, L, C, block, D: tl.constexpr,
+                    SUMMARY: tl.constexpr, BACKWARD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+        """Forward: out = h from a, b, h0.  Backward: out = g from a and b = dh, and da[t] = g[t]·h[t-1].
+        Summary: of each of C blocks of steps the product of its a, and where it ends from zero, (B, C, D).
 
         Backward, time runs the other way and the recurrence g[t] = dh[t] + a[t+1]·g[t+1] takes its a one late.
         """
-        t = L - 1 - step if BACKWARD else step
-        at = (row * L + t)[:, None] * D + d[None, :]
-        inside = (step < stop)[:, None] & (d < D)[None, :]
-        late = 1 if BACKWARD else 0
-        a_t = tl.load(a + at + late * D, mask=inside & (t + late < L)[:, None], other=0.0)
-        b_t = tl.load(b + at, mask=inside, other=0.0)
-        return tl.where((step < stop)[:, None], a_t.to(tl.float32), 1.0), b_t.to(tl.float32), t, at, inside
-
-    @triton.jit
-    def last_row(x, BT: tl.constexpr):
-        return tl.sum(tl.where((tl.arange(0, BT) == BT - 1)[:, None], x, 0.0), axis=0)
-
-    @triton.jit
-    def summary_kernel(a, b, block_a, block_b, L, D, C, chunk,
-                       BACKWARD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-        """Sum up each of C chunks of steps: the product of its a, and where it ends from zero: (B, C, D)."""
-        row = (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64)  # int64: row·L·D passes 2³¹
-        d = tl.program_id(0) % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
-        m = tl.program_id(1)
+        COLUMNS: tl.constexpr = (D + BD - 1) // BD
+        row = (tl.program_id(0) // COLUMNS).to(tl.int64)  # int64: row·L·D passes 2³¹
+        d = tl.program_id(0) % COLUMNS * BD + tl.arange(0, BD)
+        inside, m = d < D, tl.program_id(1)
+        first = tl.load(h0 + row * D + d, mask=inside, other=0.0).to(tl.float32)
+        carry = tl.zeros([BD], tl.float32) if BACKWARD or SUMMARY else first
         product = tl.full([BD], 1.0, tl.float32)
-        end = tl.zeros([BD], tl.float32)
-        stop = min((m + 1) * chunk, L)
-        for start in range(m * chunk, stop, BT):
-            a_t, b_t, _, _, _ = load_steps(a, b, start + tl.arange(0, BT), stop, row, d, L, D, BACKWARD)
-            a_t, b_t = tl.associative_scan((a_t, b_t), 0, combine)
-            a_n = last_row(a_t, BT)
-            end = a_n * end + last_row(b_t, BT)
-            product = a_n * product
-        at = (row * C + m) * D + d
-        tl.store(block_a + at, product, mask=d < D)
-        tl.store(block_b + at, end, mask=d < D)
-
-    @triton.jit
-    def scan_kernel(a, b, h0, h, out, da, block_a, block_b, L, D, C, chunk,
-                    BACKWARD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-        """Forward: out = h from a, b, h0.  Backward: out = g from a and b = dh, and da[t] = g[t]·h[t-1]."""
-        row = (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64)  # int64: row·L·D passes 2³¹
-        d = tl.program_id(0) % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
-        m = tl.program_id(1)
-        first = tl.load(h0 + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        carry = tl.zeros_like(first) if BACKWARD else first
-        for earlier in range(0, m):  # the chunks before this one; none when there is a single chunk
-            at = (row * C + earlier) * D + d
-            product = tl.load(block_a + at, mask=d < D, other=0.0)
-            carry = product * carry + tl.load(block_b + at, mask=d < D, other=0.0)
-        stop = min((m + 1) * chunk, L)
-        is_first = (tl.arange(0, BT) == 0)[:, None]
-        for start in range(m * chunk, stop, BT):
-            a_t, b_t, t, at, inside = load_steps(a, b, start + tl.arange(0, BT), stop, row, d, L, D, BACKWARD)
-            b_t = tl.where(is_first, b_t + a_t * carry[None, :], b_t)  # the carry enters with the first step
-            _, x = tl.associative_scan((a_t, b_t), 0, combine)
-            tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
-            if BACKWARD:
-                before = tl.load(h + at - D, mask=inside & (t > 0)[:, None], other=0.0).to(tl.float32)
-                before = tl.where((t == 0)[:, None], first[None, :], before)
-                tl.store(da + at, (x * before).to(da.dtype.element_ty), mask=inside)
-            carry = last_row(x, BT)
+        if not SUMMARY:
+            for earlier in range(0, m):  # the blocks before this one; none when there is a single block
+                at = (row * C + earlier) * D + d
+                carry = tl.load(block_a + at, mask=inside) * carry + tl.load(block_b + at, mask=inside)
+        stop = tl.minimum((m + 1) * block, L)
+        STEP: tl.constexpr = -D if BACKWARD else D
+        for start in range(m * block, stop, BT):
+            left = stop - start
+            at = (row * L + (L - 1 - start if BACKWARD else start)) * D + d
+            b_rows = load_tile(b, at, d, left, 0.0, D, STEP, BT)
+            if BACKWARD:  # row t takes a[t+1], of which there is none for t = L-1, and h[t-1], none for t = 0
+                a_0 = tl.load(a + at + D, mask=exists(d, 0, start, D), other=0.0)
+                a_rows = (a_0,) + load_tile(a, at + STEP + D, d, left - 1, 1.0, D, STEP, BT - 1)
+                if not SUMMARY:
+                    h_rows = load_tile(h, at - D, d, tl.minimum(left, L - 1 - start), 0.0, D, STEP, BT)
+            else:
+                a_rows = load_tile(a, at, d, left, 1.0, D, STEP, BT)
+            for i in tl.static_range(BT):
+                a_t, b_t = a_rows[i].to(tl.float32), b_rows[i].to(tl.float32)
+                if SUMMARY:
+                    product *= a_t
+                carry = a_t * carry + b_t  # beyond the last step a is 1 and b is 0, which changes nothing
+                if not SUMMARY:
+                    tl.store(out + at + i * STEP, carry.to(out.dtype.element_ty), mask=exists(d, i, left, D))
+                    if BACKWARD:
+                        before = tl.where(start + i == L - 1, first, h_rows[i].to(tl.float32))
+                        tl.store(da + at + i * STEP, (carry * before).to(da.dtype.element_ty), mask=exists(d, i, left, D))
+        if SUMMARY:
+            at = (row * C + m) * D + d
+            tl.store(block_a + at, product, mask=inside)
+            tl.store(block_b + at, carry, mask=inside)
 
 
 def launch_scan(a: Tensor, b: Tensor, h0: Tensor, h: Tensor, out: Tensor, da: Tensor, backward: bool) -> None:
-    """One kernel if B·D fills the GPU with programs; else two, and C chunks of steps side by side."""
+    """One kernel if B·D fills the GPU with programs; else two, and C blocks of steps side by side."""
     if b.numel() == 0:  # the sizes below would be divided by zero
         return
     B, L, D = b.shape
+    BD = 128 // b.element_size()
     columns = B * triton.cdiv(D, BD)
-    C = 1 if columns >= FILL else min(triton.cdiv(L, MIN_CHUNK), triton.cdiv(FILL, columns))
-    chunk = triton.cdiv(triton.cdiv(L, C), BT) * BT  # whole tiles
-    C = triton.cdiv(L, chunk)
+    C = 1 if columns >= FILL else min(triton.cdiv(L, MIN_BLOCK), triton.cdiv(2 * FILL, columns))
+    block = triton.cdiv(triton.cdiv(L, C), BT) * BT  # whole tiles
+    C = triton.cdiv(L, block)
     block_a, block_b = (torch.empty(B, C, D, dtype=torch.float32, device=b.device) for _ in range(2))
-    grid, sizes = (columns, C), (L, D, C, chunk, backward, BT, BD)
     with torch.cuda.device_of(b):  # Triton launches on the current device, which need not be b's
-        if C > 1:
-            summary_kernel[grid](a, b, block_a, block_b, *sizes, num_warps=1)
-        scan_kernel[grid](a, b, h0, h, out, da, block_a, block_b, *sizes, num_warps=1)
+        for summary in (True, False) if C > 1 else (False,):
+            scan_kernel[columns, C](a, b, h0, h, out, da, block_a, block_b, L, C, block, D,
+                                    summary, backward, BT, BD, num_warps=1)
 
 
 # ------------------------------------------------------------------ 2. the scan: autograd and the function
@@ -188,10 +208,11 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     return scan_op(a.contiguous(), b.contiguous(), h0.contiguous())
 
 
-# -------------------------------------------------------------------------------------- 3. the search: kernel
+# ------------------------------------------------------------------------------------- 3. the search: kernels
 # A score and its chunk travel as one int64, which sorts like the score: so a maximum finds both. Above are the
 # score's bits, the lower 31 of them flipped where it is negative; below, the index. An empty slot scores -inf. Its
 # index is larger than that of any chunk, so a chunk that the query may not see, which also scores -inf, is worse.
+# tf32x3 multiplies on tensor cores in three parts, as exactly as float32 does; plain tf32 would change winners.
 
 if HAS_TRITON:
 
@@ -205,11 +226,12 @@ if HAS_TRITON:
         bits = (key >> 32).to(tl.int32)
         return tl.where(bits < 0, bits ^ 0x7fffffff, bits).to(tl.float32, bitcast=True)
 
-    @triton.jit(do_not_specialize=["M", "offset"])  # they grow as a text is read: else some values compile anew
-    def search_kernel(q, c, best, L, M, S, chunk_size, offset, top_k,
-                      BQ: tl.constexpr, BM: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr):
-        """BQ queries walk the chunks, BM at a time, and keep their winners in registers. best: (B, L, top_k)."""
-        row = (tl.program_id(0) // tl.cdiv(L, BQ)).to(tl.int64)
+    @triton.jit(do_not_specialize=["M", "offset", "span"])  # they grow as a text is read: else some values compile anew
+    def search_kernel(q, c, best, L, M, S, chunk_size, offset, top_k, span,
+                      BQ: tl.constexpr, BM: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, DOT: tl.constexpr):
+        """BQ queries walk their part of the chunks, `span` of them, BM at a time, and keep their winners in registers.
+        best: (B, L, parts, KP), in no order."""
+        row, part = (tl.program_id(0) // tl.cdiv(L, BQ)).to(tl.int64), tl.program_id(1)
         t = tl.program_id(0) % tl.cdiv(L, BQ) * BQ + tl.arange(0, BQ)
         s = tl.arange(0, SP)
         q_at = (row * L + t)[:, None] * S + s[None, :]
@@ -219,11 +241,11 @@ if HAS_TRITON:
         kept = tl.where(slot < top_k, empty, 0x7fffffffffffffff)  # the slots beyond top_k are never the worst
         worst_score = tl.full([BQ], float("-inf"), tl.float32)  # kept as float32: packed, it takes many registers
         ended = tl.minimum((offset + t) // chunk_size, M)  # chunks that a query may see
-        for start in range(0, tl.max(ended), BM):
+        for start in range(part * span, tl.minimum(tl.max(ended), (part + 1) * span), BM):
             m = start + tl.arange(0, BM)
             c_at = (row * M + m)[:, None] * S + s[None, :]
             chunks = tl.load(c + c_at, mask=(m < M)[:, None] & (s < S)[None, :], other=0.0)
-            score = tl.dot(queries, tl.trans(chunks), input_precision="ieee")
+            score = tl.dot(queries, tl.trans(chunks), input_precision=DOT)
             score = tl.where(m[None, :] < ended[:, None], score, float("-inf"))
             if tl.max((tl.max(score, axis=1) > worst_score).to(tl.int32)) > 0:  # few tiles have better ones
                 key = pack(score, m[None, :])
@@ -236,29 +258,49 @@ if HAS_TRITON:
                     key = tl.where(key == candidate[:, None], -0x7fffffffffffffff, key)
                     candidate = tl.max(key, axis=1)
                 worst_score = score_of(worst)
-        at = (row * L + t)[:, None] * top_k + slot
-        tl.store(best + at, kept, mask=(t < L)[:, None] & (slot < top_k))
+        at = ((row * L + t)[:, None] * tl.num_programs(1) + part) * KP + slot
+        kept = tl.where(slot < top_k, kept, -0x7fffffffffffffff)
+        tl.store(best + at, kept, mask=(t < L)[:, None])
+
+    @triton.jit
+    def merge_kernel(best, score, index, rows, top_k, PARTS_KP: tl.constexpr, BR: tl.constexpr):
+        """Sort the winners of all parts of BR queries, best: (rows, PARTS_KP); write the first top_k, unpacked."""
+        n = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+        key = tl.load(best + n[:, None] * PARTS_KP + tl.arange(0, PARTS_KP)[None, :], mask=(n < rows)[:, None], other=0)
+        key = tl.sort(key, descending=True)
+        slot = tl.arange(0, PARTS_KP)[None, :]
+        at, written = n[:, None] * top_k + slot, (n < rows)[:, None] & (slot < top_k)
+        found = score_of(key)
+        tl.store(score + at, found, mask=written)
+        tl.store(index + at, tl.where(found == float("-inf"), -1, key & 0x7fffffff), mask=written)
 
 
 # ---------------------------------------------------------------- 4. the search: autograd and the function
 @torch.library.custom_op("resona::search", mutates_args=())
 def search_op(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
     (B, L, S), M = q.shape, c.shape[1]
+    score = torch.empty(B, L, top_k, dtype=torch.float32, device=q.device)
+    index = torch.empty(B, L, top_k, dtype=torch.int64, device=q.device)
+    if score.numel() == 0:
+        return score, index
     KP, SP = triton.next_power_of_2(top_k), max(16, triton.next_power_of_2(S))
-    best = torch.empty(B, L, top_k, dtype=torch.int64, device=q.device)
+    programs = B * triton.cdiv(L, BQ)  # few of them, as in decoding: then all chunks are shared out among more
+    parts = triton.next_power_of_2(max(1, min(FILL // programs, M // (8 * BM), 2048 // KP)))
+    span = triton.cdiv(triton.cdiv(M, parts), BM) * BM  # whole tiles
+    best = torch.empty(B, L, parts, KP, dtype=torch.int64, device=q.device)
+    BR = max(1, 1024 // (parts * KP))
+    dot = "tf32x3" if torch.version.cuda else "ieee"
     with torch.cuda.device_of(q):
-        search_kernel[(triton.cdiv(L, BQ) * B,)](
-            q, c, best, L, M, S, chunk_size, offset, top_k, BQ, BM, SP, KP, num_warps=8)
-    key = best.sort(dim=-1, descending=True).values
-    bits = key >> 32
-    score = torch.where(bits < 0, bits ^ 0x7fffffff, bits).to(torch.int32).view(torch.float32)
-    return score, (key & 0x7fffffff).masked_fill(score == -torch.inf, -1)
+        search_kernel[programs, parts](q, c, best, L, M, S, chunk_size, offset, top_k, span,
+                                       BQ, BM, SP, KP, dot, num_warps=4)
+        merge_kernel[triton.cdiv(B * L, BR),](best, score, index, B * L, top_k, parts * KP, BR)
+    return score, index
 
 
 @search_op.register_fake
 def _(q, c, top_k, chunk_size, offset):
     shape = (q.shape[0], q.shape[1], top_k)
-    return q.new_empty(shape), q.new_empty(shape, dtype=torch.int64)
+    return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.int64)
 
 
 def _search_setup(ctx, inputs, output):
@@ -293,3 +335,187 @@ def search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -
         raise NotImplementedError(f"the search kernel takes top_k up to {MAX_TOP_K} and S up to {MAX_WIDTH}, "
                                   f"got {top_k} and {q.shape[2]}")
     return search_op(q.float().contiguous(), c.float().contiguous(), top_k, chunk_size, offset)
+
+
+# -------------------------------------------------------------------------------------- 5. attend: kernels
+# One program a query, with all its heads: a chunk is one slab of U·H·E numbers, read in one go. The softmax over the
+# chosen chunks is computed as they come (arXiv 2205.14135), and its logarithm kept for the backward pass.
+
+if HAS_TRITON:
+
+    @triton.jit
+    def slab(x, row, U: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+             UP: tl.constexpr, HP: tl.constexpr, EP: tl.constexpr):
+        """Row `row` of x: (rows, U, H, E) in float32: (UP, HP, EP), with zeros beyond."""
+        u, h, e = tl.arange(0, UP)[:, None, None], tl.arange(0, HP)[None, :, None], tl.arange(0, EP)[None, None, :]
+        at = row * U * H * E + u * H * E + h * E + e
+        return tl.load(x + at, mask=(u < U) & (h < H) & (e < E), other=0.0).to(tl.float32)
+
+    @triton.jit
+    def logits(query, keys, log_p, pair, U: tl.constexpr, UP: tl.constexpr):
+        """query: (1, HP, EP), keys: (UP, HP, EP) -> (UP, HP), with the chunk's log probability."""
+        logit = tl.sum(keys * query, axis=2) + tl.load(log_p + pair).to(tl.float32)
+        return tl.where((tl.arange(0, UP) < U)[:, None], logit, float("-inf"))
+
+    @triton.jit
+    def attend_kernel(q, k, v, log_p, rows, r, lse, K, scale, U: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+                      UP: tl.constexpr, HP: tl.constexpr, EP: tl.constexpr):
+        """q, r: (n, H, E), k, v: (m, U, H, E), log_p, rows: (n, K), rows -1 if empty, lse: (n, H) float32."""
+        n = tl.program_id(0).to(tl.int64)
+        query = slab(q, n, 1, H, E, 1, HP, EP) * scale
+        top, total = tl.full([HP], float("-inf"), tl.float32), tl.zeros([HP], tl.float32)
+        acc = tl.zeros([HP, EP], tl.float32)
+        for slot in range(0, K):
+            row = tl.load(rows + n * K + slot)
+            if row >= 0:
+                logit = logits(query, slab(k, row, U, H, E, UP, HP, EP), log_p, n * K + slot, U, UP)
+                higher = tl.maximum(top, tl.max(logit, axis=0))
+                w, shrink = tl.exp(logit - higher[None, :]), tl.exp(top - higher)
+                acc = acc * shrink[:, None] + tl.sum(w[:, :, None] * slab(v, row, U, H, E, UP, HP, EP), axis=0)
+                total = total * shrink + tl.sum(w, axis=0)
+                top = higher
+        total = tl.where(total == 0, 1.0, total)  # nothing was found: r = 0
+        h, e = tl.arange(0, HP), tl.arange(0, EP)[None, :]
+        inside = (h < H)[:, None] & (e < E)
+        tl.store(r + n * H * E + h[:, None] * E + e, (acc / total[:, None]).to(r.dtype.element_ty), mask=inside)
+        tl.store(lse + n * H + h, top + tl.log(total), mask=h < H)
+
+    @triton.jit
+    def attend_query_kernel(q, k, v, log_p, rows, r, lse, dr, dq, dlog_p, delta, K, scale,
+                            U: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+                            UP: tl.constexpr, HP: tl.constexpr, EP: tl.constexpr):
+        """With w the weights: d(logit)_j = w_j·(dr·v_j - delta), delta = dr·r, dq = Σ_j d(logit)_j·k_j / √E."""
+        n = tl.program_id(0).to(tl.int64)
+        query, dout = slab(q, n, 1, H, E, 1, HP, EP) * scale, slab(dr, n, 1, H, E, 1, HP, EP)
+        h, e = tl.arange(0, HP), tl.arange(0, EP)[None, :]
+        norm = tl.load(lse + n * H + h, mask=h < H, other=0.0)
+        along = tl.sum(tl.sum(dout * slab(r, n, 1, H, E, 1, HP, EP), axis=2), axis=0)  # (HP,)
+        tl.store(delta + n * H + h, along, mask=h < H)
+        acc = tl.zeros([HP, EP], tl.float32)
+        for slot in range(0, K):
+            row = tl.load(rows + n * K + slot)
+            total = 0.0
+            if row >= 0:
+                keys = slab(k, row, U, H, E, UP, HP, EP)
+                w = tl.exp(logits(query, keys, log_p, n * K + slot, U, UP) - norm[None, :])
+                dlogit = w * (tl.sum(slab(v, row, U, H, E, UP, HP, EP) * dout, axis=2) - along[None, :])
+                dlogit = tl.where((h < H)[None, :], dlogit, 0.0)
+                acc += tl.sum(dlogit[:, :, None] * keys, axis=0)
+                total = tl.sum(tl.sum(dlogit, axis=1), axis=0)
+            tl.store(dlog_p + n * K + slot, total.to(dlog_p.dtype.element_ty))
+        inside = (h < H)[:, None] & (e < E)
+        tl.store(dq + n * H * E + h[:, None] * E + e, (acc * scale).to(dq.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def attend_chunk_kernel(q, k, v, log_p, rows, lse, dr, delta, order, dk, dv, pairs, K, scale,
+                            U: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+                            UP: tl.constexpr, HP: tl.constexpr, EP: tl.constexpr, SEGMENT: tl.constexpr):
+        """dk_j = Σ d(logit)_j·q / √E, dv_j = Σ w_j·dr over the queries that opened the chunk of j. Pairs of a query and a
+        slot stand in `order` of their chunks; a program sums up SEGMENT of them, and adds where the chunk changes: so a
+        chunk that many queries opened keeps no program long, and few additions meet."""
+        u, h, e = tl.arange(0, UP)[:, None, None], tl.arange(0, HP)[None, :, None], tl.arange(0, EP)[None, None, :]
+        at, inside = u * H * E + h * E + e, (u < U) & (h < H) & (e < E)
+        heads = tl.arange(0, HP)
+        current = tl.full([], -1, tl.int64)
+        keys, values = tl.zeros([UP, HP, EP], tl.float32), tl.zeros([UP, HP, EP], tl.float32)
+        dkeys, dvalues = tl.zeros([UP, HP, EP], tl.float32), tl.zeros([UP, HP, EP], tl.float32)
+        first = tl.program_id(0).to(tl.int64) * SEGMENT
+        for i in range(first, tl.minimum(first + SEGMENT, pairs)):
+            pair = tl.load(order + i)
+            row = tl.load(rows + pair)
+            if row >= 0:
+                if row != current:
+                    if current >= 0:
+                        tl.atomic_add(dk + current * U * H * E + at, dkeys, mask=inside)
+                        tl.atomic_add(dv + current * U * H * E + at, dvalues, mask=inside)
+                    current = row
+                    keys, values = slab(k, row, U, H, E, UP, HP, EP), slab(v, row, U, H, E, UP, HP, EP)
+                    dkeys, dvalues = tl.zeros([UP, HP, EP], tl.float32), tl.zeros([UP, HP, EP], tl.float32)
+                n = pair // K
+                query, dout = slab(q, n, 1, H, E, 1, HP, EP) * scale, slab(dr, n, 1, H, E, 1, HP, EP)
+                norm = tl.load(lse + n * H + heads, mask=heads < H, other=0.0)
+                along = tl.load(delta + n * H + heads, mask=heads < H, other=0.0)
+                w = tl.exp(logits(query, keys, log_p, pair, U, UP) - norm[None, :])
+                dlogit = w * (tl.sum(values * dout, axis=2) - along[None, :])
+                dkeys += dlogit[:, :, None] * query
+                dvalues += w[:, :, None] * dout
+        if current >= 0:
+            tl.atomic_add(dk + current * U * H * E + at, dkeys, mask=inside)
+            tl.atomic_add(dv + current * U * H * E + at, dvalues, mask=inside)
+
+
+# ------------------------------------------------------------------- 6. attend: autograd and the function
+def attend_sizes(k: Tensor) -> tuple[list[int], int]:
+    """U, H, E, the powers of two above them, and the number of warps."""
+    sizes = [*k.shape[2:]]
+    padded = [triton.next_power_of_2(size) for size in sizes]
+    return [*sizes, *padded], max(1, min(8, math.prod(padded) // 1024))
+
+
+def table_rows(k: Tensor, index: Tensor) -> Tensor:
+    """index: (B, L, K) -> the same as rows of k: (B·M, ...), -1 where there is none."""
+    first = k.shape[1] * torch.arange(len(k), device=k.device).view(-1, 1, 1)
+    return torch.where(index < 0, -1, index + first)
+
+
+@torch.library.custom_op("resona::attend", mutates_args=())
+def attend_op(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    r, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    sizes, warps = attend_sizes(k)
+    if q.numel():
+        with torch.cuda.device_of(q):
+            attend_kernel[q.shape[0] * q.shape[1],](q, k, v, log_p, table_rows(k, index), r, lse, index.shape[2],
+                                                    q.shape[3] ** -0.5, *sizes, num_warps=warps)
+    return r, lse
+
+
+@torch.library.custom_op("resona::attend_backward", mutates_args=())
+def attend_backward_op(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, index: Tensor, r: Tensor, lse: Tensor,
+                       dr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dlog_p, delta = torch.empty_like(q), torch.empty_like(log_p), torch.empty_like(lse)
+    dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    (sizes, warps), rows, K, scale = attend_sizes(k), table_rows(k, index), index.shape[2], q.shape[3] ** -0.5
+    if q.numel():
+        with torch.cuda.device_of(q):
+            attend_query_kernel[q.shape[0] * q.shape[1],](
+                q, k, v, log_p, rows, r, lse, dr, dq, dlog_p, delta, K, scale, *sizes, num_warps=warps)
+            attend_chunk_kernel[triton.cdiv(rows.numel(), SEGMENT),](
+                q, k, v, log_p, rows, lse, dr, delta, rows.flatten().argsort(), dk, dv, rows.numel(), K, scale,
+                *sizes, SEGMENT, num_warps=warps)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dlog_p
+
+
+@attend_op.register_fake
+def _(q, k, v, log_p, index):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@attend_backward_op.register_fake
+def _(q, k, v, log_p, index, r, lse, dr):
+    return tuple(torch.empty_like(x) for x in (q, k, v, log_p))
+
+
+def _attend_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attend_backward(ctx, dr, _):
+    return *attend_backward_op(*ctx.saved_tensors, dr.contiguous()), None
+
+
+attend_op.register_autograd(_attend_backward, setup_context=_attend_setup)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
+    """Attention to the tokens of the chosen chunks, as resona.attend_naive: q: (B, L, H, E), k, v: (B, M, U, H, E), score,
+    index: (B, L, K) -> r: (B, L, H, E), the sums in float32. Raises as scan does."""
+    if q.ndim != 4 or k.ndim != 5 or k.shape != v.shape or (len(q), *q.shape[2:]) != (len(k), *k.shape[3:]) \
+            or score.shape != index.shape or index.shape[:2] != q.shape[:2]:
+        raise ValueError("q must be (B, L, H, E), k and v (B, M, U, H, E), score and index (B, L, K), got "
+                         f"{[tuple(x.shape) for x in (q, k, v, score, index)]}")
+    _check(q, k, v)
+    if math.prod(triton.next_power_of_2(size) for size in k.shape[2:]) > MAX_SLAB:
+        raise NotImplementedError(f"the attend kernel takes chunks of up to {MAX_SLAB} numbers, got {[*k.shape[2:]]}")
+    log_p = score.masked_fill(index[..., :1] < 0, 0).log_softmax(-1)  # of -inf alone it would be NaN
+    return attend_op(*(x.contiguous() for x in (q, k, v, log_p, index)))[0]

@@ -174,7 +174,7 @@ class Retrieval(nn.Module):
 
     def forward(self, z: Tensor, u: Tensor, y: Tensor, memory: Memory | None = None,
                 top_k: int | None = None) -> tuple[Tensor, Memory]:
-        check_branch(z, u, y)
+        check_shapes("z (B, L, D), u (B, L, D), y (B, L, D)", z, u, y)
         memory = self.remember(z, u, memory)
         read = memory.k.shape[1] * self.chunk_size + memory.z.shape[1]  # tokens so far, these included
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D): the output asks, with the short features
@@ -238,7 +238,7 @@ def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
     a, b: (B, L, D), |a| <= 1, h0: (B, D) or zero -> h: (B, L, D) in the dtype of b, carried in float32 at least.
     """
-    check_scan(a, b, h0)
+    check_shapes("a (B, L, D), b (B, L, D), h0 (B, D)", a, b, h0)
     wide, hs = torch.promote_types(b.dtype, torch.float32), []
     h = torch.zeros_like(b[:, 0]) if h0 is None else h0
     for t in range(b.shape[1]):
@@ -254,7 +254,7 @@ def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int 
     first, in float32 at least, index: (B, L, top_k) int64; -inf and -1 where there is no chunk left. A query at
     position p may see chunk m if it ended before: (m + 1)·U <= p. Of equal chunks any may win.
     """
-    check_search(q, c, top_k, chunk_size, offset)
+    check_shapes("q (B, L, S), c (B, M, S)", q, c)
     (B, L, _), M, wide = q.shape, c.shape[1], torch.promote_types(q.dtype, torch.float32)
     score = torch.full((B, L, top_k), -math.inf, dtype=wide, device=q.device)
     index = torch.full((B, L, top_k), -1, device=q.device)
@@ -335,9 +335,9 @@ class SelectiveSSM(nn.Module):
 
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "ssm": SelectiveSSM}
 BRANCHES = {"exact": lambda c: Retrieval(c.d_model, c.n_head, c.chunk_size, c.top_k, c.d_search)}
-scan, search, attend = scan_naive, search_naive, attend_naive  # Part II rebinds these eight names:
+scan, search, attend = scan_naive, search_naive, attend_naive  # Part II rebinds these seven names:
 append = lambda past, new: torch.cat([past, new], dim=1)  # fast versions, and real checks
-check_config = check_call = check_generate = check_branch = check_scan = check_search = lambda *_: None
+check_config = check_call = check_generate = check_shapes = lambda *_: None
 # ============================================================================================= END OF PART I
 
 
@@ -345,9 +345,8 @@ check_config = check_call = check_generate = check_branch = check_scan = check_s
 # 1 scan, 2 search, 3 attend: as in Part I, which tests hold them equal to, in values and in gradients.
 # 4 an approximate search.   5 memory that grows.   6 the switch.   7 for use: a look inside, files.   8 checks.
 
-import warnings
 from dataclasses import asdict, fields
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 
 from torch.utils._pytree import tree_map_only
@@ -368,7 +367,7 @@ import kernels
 
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """The same as scan_naive, in about 3·√L operations."""
-    check_scan(a, b, h0)
+    check_shapes("a (B, L, D), b (B, L, D), h0 (B, D)", a, b, h0)
     wide = torch.promote_types(b.dtype, torch.float32)
     h0 = torch.zeros_like(b[:, 0]) if h0 is None else h0
     return _Scan.apply(a.to(wide), b.to(wide), h0.to(wide)).to(b.dtype)
@@ -426,7 +425,7 @@ def _scan_grid(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, backwards: bool = 
 
 def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     """The same as search_naive for a block of queries at once, with some four million scores at a time."""
-    check_search(q, c, top_k, chunk_size, offset)
+    check_shapes("q (B, L, S), c (B, M, S)", q, c)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, c = q.to(wide), c.to(wide)
     (B, L, _), M = q.shape, c.shape[1]
@@ -585,7 +584,7 @@ def _nearest(x: Tensor, centroids: Tensor, n: int = 1) -> tuple[Tensor, Tensor]:
 def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, lists: Lists,
                n_probe: int) -> tuple[Tensor, Tensor]:
     """search_naive among the chunks of the n_probe lists whose centroids are most similar, and the outliers."""
-    check_search(q, c, top_k, chunk_size, offset)
+    check_shapes("q (B, L, S), c (B, M, S)", q, c)
     wide, n_list = torch.promote_types(q.dtype, torch.float32), lists.centroids.shape[1]
     q, c = q.to(wide), c.to(wide)
     early = min(q.shape[1], max(0, SAMPLE * n_list * chunk_size - offset))  # queries that see too few chunks for lists
@@ -673,7 +672,7 @@ def _switch(naive: Callable, parallel: Callable, kernel: Callable | None = None)
     def run(x: Tensor, *args, **options):
         check(IMPLEMENTATION in ("auto", "naive", "parallel", "triton"), f"no IMPLEMENTATION {IMPLEMENTATION!r}")
         if kernel and (IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and x.is_cuda
-                       and _trusted(kernel, parallel, x.dtype, x.device)):
+                       and kernels.trusted(kernel, parallel, x.dtype, x.device)):
             try:
                 return kernel(x, *args, **options)
             except NotImplementedError:  # the kernel's word that it cannot take this size
@@ -683,25 +682,9 @@ def _switch(naive: Callable, parallel: Callable, kernel: Callable | None = None)
     return run
 
 
-@cache
-def _trusted(kernel: Callable, twin: Callable, dtype: torch.dtype, device: torch.device) -> bool:
-    """Does the kernel give what its twin gives, on a small input? The kernels were never timed on a GPU, and hardly run
-    on one: so "auto" tries each once in a process, and warns if it takes the twin instead."""
-    x = torch.rand(2, 40, 16, dtype=dtype, device=device)
-    call = (x, x) if twin is scan_parallel else (x, x, 4, 4)
-    try:
-        torch.testing.assert_close(*(f(*call)[0].float() for f in (kernel, twin)), rtol=0.01, atol=0.01)
-    except NotImplementedError:
-        return True  # its own word, which run heeds
-    except Exception as error:  # a compiler has many
-        warnings.warn(f"the Triton kernel {kernel.__name__} is not used: {' '.join(str(error).split())[:200]}")
-        return False
-    return True
-
-
 scan = _switch(scan_naive, scan_parallel, kernels.scan)
 search = _switch(search_naive, search_parallel, kernels.search)
-attend = _switch(attend_naive, attend_parallel)
+attend = _switch(attend_naive, attend_parallel, kernels.attend)
 
 
 # 7. For use: methods of the classes of Part I, which reading it does not need.
@@ -755,12 +738,16 @@ def check_int(name: str, value: Any, least: int = 1) -> None:
     check(type(value) is int and value >= least, f"{name} must be an integer of at least {least}, got {value!r:.60}")
 
 
-def check_tensors(names: str, ok: bool, shapes: str, *tensors: Tensor) -> None:
-    """ok: have they the shapes that these names are to have?"""
-    kinds = {(x.dtype, x.device) for x in tensors}
-    check(ok, f"{names} must have shapes {shapes}, got {', '.join(str([*x.shape]) for x in tensors)}")
-    check(len(kinds) == 1 and tensors[0].is_floating_point(),
-          f"{names} must share one floating dtype and one device, got {kinds}")
+def check_shapes(spec: str, *tensors: Tensor | None) -> None:
+    """spec: as in "q (B, L, S), c (B, M, S)": a letter has one size throughout, at least 1 but for M. All tensors
+    share one floating dtype and one device. None is left out."""
+    letters, sizes = [part.replace(",", "").split()[1:] for part in spec.replace("(", "").split(")")], {}
+    named = [(x, axes) for x, axes in zip(tensors, letters) if x is not None]
+    ok = all(len(axes) == x.ndim and all(sizes.setdefault(*pair) == pair[1] for pair in zip(axes, x.shape))
+             for x, axes in named) and all(size or letter == "M" for letter, size in sizes.items())
+    check(ok, f"shapes must be {spec}, with sizes of at least 1, got {[[*x.shape] for x, _ in named]}")
+    kinds = {(x.dtype, x.device) for x, _ in named}
+    check(len(kinds) == 1 and tensors[0].is_floating_point(), f"{spec} must share one floating dtype and device, got {kinds}")
 
 
 def check_config(c: ResonaConfig) -> None:
@@ -798,21 +785,3 @@ def check_call(model: Resona, tokens: Tensor, state: State | None, top_k: int | 
 def check_generate(max_new_tokens: int, temperature: float) -> None:
     check_int("max_new_tokens", max_new_tokens, least=0)
     check(0 <= temperature < math.inf, f"temperature must be at least 0 and finite, got {temperature!r}")
-
-
-def check_branch(z: Tensor, u: Tensor, y: Tensor) -> None:
-    ok = z.ndim == 3 and z.shape == u.shape == y.shape
-    check_tensors("z, u and the backbone's output y", ok, "(B, L, D)", z, u, y)
-
-
-def check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
-    start = () if h0 is None else (h0,)
-    ok = a.ndim == 3 and a.shape == b.shape and a.shape[1] > 0 and all(x.shape == b[:, 0].shape for x in start)
-    check_tensors("a, b and h0", ok, "(B, L, D), the same, with L >= 1, and (B, D)", a, b, *start)
-
-
-def check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> None:
-    ok = q.ndim == c.ndim == 3 and q.shape[0] == c.shape[0] and q.shape[2] == c.shape[2]
-    check_tensors("q and c", ok, "(B, L, S) and (B, M, S)", q, c)
-    for name, value, least in (("top_k", top_k, 1), ("chunk_size", chunk_size, 1), ("offset", offset, 0)):
-        check_int(name, value, least)

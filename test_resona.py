@@ -755,9 +755,10 @@ TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpret
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles and chunks in a few steps: the interpreter is slow."""
-    for name, value in {"BT": 4, "BD": 16, "BQ": 16, "BM": 16, "MIN_CHUNK": 8}.items():
-        monkeypatch.setattr(kernels, name, value)
+    """Several tiles and blocks in a few steps, as the interpreter is slow; on a GPU what is launched in earnest."""
+    if not GPU:
+        for name, value in {"BT": 4, "BQ": 16, "BM": 16, "MIN_BLOCK": 8, "SEGMENT": 4}.items():
+            monkeypatch.setattr(kernels, name, value)
 
 
 @needs_triton
