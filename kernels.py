@@ -40,8 +40,8 @@ MIN_BLOCK = 256        # steps in a block of the two-kernel scan, at least
 FILL = 256             # programs that keep a GPU busy; with fewer, scan and search cut their long side
 SEGMENT = 32           # pairs of a query and a chunk for a program of attend's backward
 MAX_TOP_K = 64         # the search keeps its winners in registers,
-MAX_WIDTH = 256        # and whole queries and keys, of width S, in shared memory
-MAX_SLAB = 8192        # attend holds a chunk in registers: its U·D numbers, each size rounded up to a power of two
+MAX_WIDTH = 128        # and whole queries and keys, of width S, in shared memory
+MAX_SLAB = 4096        # attend holds a chunk in registers: its U·D numbers, each size rounded up to a power of two
 
 
 def runs(x: Tensor) -> bool:
@@ -449,7 +449,7 @@ def attend_sizes(k: Tensor) -> tuple[list[int], int]:
     """U, H, E, the powers of two above them, and the number of warps."""
     sizes = [*k.shape[2:]]
     padded = [triton.next_power_of_2(size) for size in sizes]
-    return [*sizes, *padded], max(1, min(8, math.prod(padded) // 1024))
+    return [*sizes, *padded], max(1, min(8, math.prod(padded) // 512))
 
 
 def table_rows(k: Tensor, index: Tensor) -> Tensor:

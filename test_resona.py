@@ -801,6 +801,24 @@ def test_kernel_search_matches_naive(B, L, M, S, top_k, chunk_size, offset, dtyp
         assert_close(got, tuple(x.to(dtype) for x in expected), rtol=1e-3, atol=1e-5)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("B, L, H, E, M, U, top_k", [(2, 13, 2, 3, 3, 4, 2), (1, 9, 3, 4, 2, 3, 5), (1, 5, 1, 2, 1, 1, 1)])
+def test_kernel_attend_matches_naive(B, L, H, E, M, U, top_k, dtype, small_tiles):
+    *inputs, how = attend_inputs(B, L, H, E, M, U, top_k)
+    q, k, v, query, c = (x.detach().to(DEVICE, dtype) for x in inputs)
+    score, index = search_naive(query, c, *how)
+    ours, wide = ([x.to(kind).requires_grad_() for x in (q, k, v, finite(score))] for kind in (dtype, torch.float32))
+    got, want = (attend(*x, index) for attend, x in ((kernels.attend, ours), (attend_naive, wide)))
+    rounding = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    assert got.dtype == dtype and (got[(index < 0).all(2)] == 0).all()
+    assert_close(got.float(), want, rtol=rounding, atol=rounding)
+    weight = torch.randn_like(want)
+    gots, wants = (torch.autograd.grad((x * weight).sum(), inputs) for x, inputs in ((got, ours), (want, wide)))
+    for one, other in zip(gots, wants):
+        assert_close(one.float(), other, rtol=2 * rounding, atol=4 * rounding)
+
+
 def test_where_a_kernel_cannot_run_it_says_so(monkeypatch):
     x, half = torch.rand(1, 5, 2, device=DEVICE), torch.rand(1, 5, 2, device=DEVICE).half()
     if kernels.HAS_TRITON:
@@ -808,8 +826,8 @@ def test_where_a_kernel_cannot_run_it_says_so(monkeypatch):
         one_line(NotImplementedError, lambda: kernels.scan(x.double(), x.double()), "float64")
         one_line(NotImplementedError, lambda: kernels.search(x.double(), x.double(), 1, 1), "float64")
         one_line(NotImplementedError, lambda: kernels.search(x, x, kernels.MAX_TOP_K + 1, 1), "top_k", "65")
-        wide = torch.rand(1, 5, 257, device=DEVICE)
-        one_line(NotImplementedError, lambda: kernels.search(wide, wide, 1, 1), "S", "256", "257")
+        wide = torch.rand(1, 5, 129, device=DEVICE)
+        one_line(NotImplementedError, lambda: kernels.search(wide, wide, 1, 1), "S", "128", "129")
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     x = x.cpu()
     assert not kernels.runs(x)
