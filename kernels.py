@@ -63,15 +63,15 @@ def _check(*tensors: Tensor) -> None:
 def trusted(kernel: Callable, twin: Callable, dtype: torch.dtype, device: torch.device) -> bool:
     """Does the kernel give what its twin gives on a small input, in value and gradient? No GPU has timed these kernels
     yet: so resona.py asks once in a process before it uses one, and a warning says if the answer is no."""
-    x = torch.rand(2, 40, 4, 16, dtype=dtype, device=device, requires_grad=True)
-    rows, chunks, index = x.flatten(2), x.unflatten(1, (10, 4)), torch.arange(10, device=device).expand(2, 40, 10)
+    x = torch.rand(2, 20, 4, 16, dtype=dtype, device=device, requires_grad=True)
+    rows, chunks, index = x.flatten(2), x.unflatten(1, (5, 4)), torch.arange(3, device=device).expand(2, 20, 3)
     call = {"scan": (rows, rows), "search": (rows, rows[:, ::4], 4, 4),
-            "attend": (x, chunks, chunks, x[..., 0, :10], index)}[twin.__name__.split("_")[0]]
+            "attend": (x, chunks, chunks, x[..., 0, :3], index)}[twin.__name__.split("_")[0]]
     try:
         (ours, our_grad), (theirs, their_grad) = (
-            (y, torch.autograd.grad(y[y.isfinite()].float().square().mean(), x, retain_graph=True)[0])
+            (y, torch.autograd.grad(y[y.isfinite()].float().square().sum(), x, retain_graph=True)[0])
             for y in (out if isinstance(out, Tensor) else out[0] for out in (f(*call) for f in (kernel, twin))))
-        torch.testing.assert_close((ours, our_grad), (theirs, their_grad), rtol=0.02, atol=0.02, check_dtype=False)
+        torch.testing.assert_close((ours, our_grad), (theirs, their_grad), rtol=0.05, atol=0.05, check_dtype=False)
     except NotImplementedError:
         return True  # its own word that it cannot take this, which the caller heeds
     except Exception as error:  # a compiler has many
@@ -448,7 +448,7 @@ if HAS_TRITON:
 def attend_sizes(k: Tensor) -> tuple[list[int], int]:
     """U, H, E, the powers of two above them, and the number of warps."""
     sizes = [*k.shape[2:]]
-    padded = [triton.next_power_of_2(size) for size in sizes]
+    padded = [1 << (size - 1).bit_length() for size in sizes]
     return [*sizes, *padded], max(1, min(8, math.prod(padded) // 512))
 
 
@@ -515,7 +515,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Ten
         raise ValueError("q must be (B, L, H, E), k and v (B, M, U, H, E), score and index (B, L, K), got "
                          f"{[tuple(x.shape) for x in (q, k, v, score, index)]}")
     _check(q, k, v)
-    if math.prod(triton.next_power_of_2(size) for size in k.shape[2:]) > MAX_SLAB:
+    if math.prod(attend_sizes(k)[0][3:]) > MAX_SLAB:
         raise NotImplementedError(f"the attend kernel takes chunks of up to {MAX_SLAB} numbers, got {[*k.shape[2:]]}")
     log_p = score.masked_fill(index[..., :1] < 0, 0).log_softmax(-1)  # of -inf alone it would be NaN
     return attend_op(*(x.contiguous() for x in (q, k, v, log_p, index)))[0]

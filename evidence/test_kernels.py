@@ -37,6 +37,9 @@ def test_kernels_are_sound_custom_operators(small_tiles):
     torch.library.opcheck(kernels.scan_backward_op, tuple(x.detach() for x in (a, b, h0, b)))
     q, c = (x.detach().to(DEVICE).requires_grad_() for x in search_inputs(1, 9, 4, 3, torch.float32))
     torch.library.opcheck(kernels.search_op, (q, c, 2, 2, 0))
+    x = torch.rand(1, 4, 2, 3, device=DEVICE, requires_grad=True)
+    chunks, index = (x.detach().unflatten(1, (2, 2)).requires_grad_() for _ in range(2)), torch.tensor([[[0, 1]] * 4])
+    torch.library.opcheck(kernels.attend_op, (x, *chunks, torch.rand(1, 4, 2, device=DEVICE), index.to(DEVICE)))
 
 
 @needs_triton
@@ -107,13 +110,13 @@ def tool(name, cubin, *flags):
         program = os.path.join(os.path.dirname(nvidia.__file__), "bin", name)
         return subprocess.run([program, *flags, path], capture_output=True, text=True).stdout
 
-def late_loads(cubin):  # loads from memory after the first store, within the longest loop that loads
+def late_loads(cubin, uses):  # loads from memory after the first use or store, in the longest loop
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", tool("cuobjdump", cubin, "-sass"))
     loops = [(int(target[1], 16), int(at, 16)) for at, name, rest in code
              if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", rest))]
     start, end = max((loop for loop in loops if loop[0] < loop[1]), key=lambda loop: loop[1] - loop[0])
     names = [name for at, name, _ in code if start <= int(at, 16) <= end]
-    first = next((i for i, name in enumerate(names) if name.startswith("STG")), len(names))
+    first = next((i for i, name in enumerate(names) if name.startswith(uses)), len(names))
     return sum(name.startswith("LDG") for name in names[first:])
 
 def show(kernel, *what):
@@ -125,7 +128,7 @@ def show(kernel, *what):
     products = [line for line in code.splitlines() if "warp_group_dot" in line or "local_load" in line and "dot_op" in line]
     conflicts = sum(bool(re.search(name + r"\b", line)) for name in flat for line in products)
     print(*what, re.search(r"STACK:(\d+)", usage)[1], re.search(r"REG:(\d+)", usage)[1],
-          late_loads(cubin) if "scan" in what[0] else conflicts, kernel.metadata.shared)
+          late_loads(cubin, ("STG", "FFMA", "FMUL") if what[1] == "fp32" else "STG") if "scan" in what[0] else conflicts, kernel.metadata.shared)
 
 CUDA, HIP = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 for target in (CUDA, HIP):
@@ -171,8 +174,13 @@ def test_kernels_compile_for_gpus_as_they_are_launched():
 
 
 def test_a_kernel_that_differs_or_fails_is_not_trusted(recwarn):
-    cpu, wrong = torch.device("cpu"), lambda *call: resona.scan_parallel(*call) + 0.1
-    wrong.__name__ = "wrong"
+    cpu = torch.device("cpu")
+
+    def wrong(*call):
+        return resona.scan_parallel(*call) + 0.1
+
+    def wrong_backward(a, b):
+        return resona.scan_parallel(a, b.detach())
 
     def broken(*call):
         raise RuntimeError("no registers left")
@@ -180,18 +188,21 @@ def test_a_kernel_that_differs_or_fails_is_not_trusted(recwarn):
     def unable(*call):
         raise NotImplementedError
 
-    for kernel, trusted in ((resona.scan_parallel, True), (unable, True), (wrong, False), (broken, False)):
-        assert resona._trusted(kernel, resona.scan_parallel, torch.float32, cpu) == trusted
-    assert resona._trusted(resona.search_parallel, resona.search_parallel, torch.float32, cpu)
+    for kernel, trusted in ((resona.scan_parallel, True), (unable, True),
+                            (wrong, False), (wrong_backward, False), (broken, False)):
+        assert kernels.trusted(kernel, resona.scan_parallel, torch.float32, cpu) == trusted
+    for twin in (resona.search_parallel, resona.attend_parallel):
+        assert kernels.trusted(twin, twin, torch.float32, cpu)
     said = [str(one.message) for one in recwarn]
-    assert len(said) == 2 and "wrong is not used" in said[0] and "broken is not used: no registers left" in said[1]
+    assert len(said) == 3 and "wrong is not used" in said[0] and "broken is not used: no registers left" in said[2]
 
 
 @needs_triton
-@pytest.mark.skipif(GPU, reason="the interpreter")
-def test_the_kernels_are_trusted(small_tiles):
-    for kernel, twin in ((kernels.scan, resona.scan_parallel), (kernels.search, resona.search_parallel)):
-        assert resona._trusted.__wrapped__(kernel, twin, torch.float32, torch.device("cpu"))
+@pytest.mark.parametrize("name", ["scan", "search", "attend"])
+def test_the_kernels_are_trusted(name, small_tiles, recwarn):
+    kernel, twin = getattr(kernels, name), getattr(resona, name + "_parallel")
+    for dtype in (torch.float32, torch.float16) + (torch.bfloat16,) * GPU:
+        assert kernels.trusted.__wrapped__(kernel, twin, dtype, torch.device(DEVICE)), [str(one.message) for one in recwarn]
 
 
 def test_benchmark_says_what_it_needs():
