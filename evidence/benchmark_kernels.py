@@ -9,6 +9,7 @@ installed, or fails, is left out, and the output says so.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from typing import Any, Callable
@@ -19,6 +20,7 @@ from torch import Tensor
 import kernels
 import resona
 
+DEVICE = "cuda"
 Row = dict[str, Any]                    # of a table: column -> cell
 Peers = dict[str, Callable]
 Clock = Callable[[Callable], float]     # ms that a function takes
@@ -36,52 +38,54 @@ def optional(cells: Row | Peers, name: str, get: Callable) -> None:
         print(f"{name}: left out ({short(error)})")
 
 
+def both(ms: Clock, function: Callable, *inputs: Tensor) -> tuple[float, float]:
+    """ms forward without a graph, and backward, both as a user calls them: of ours and of peers alike."""
+    forward = ms(lambda: function(*(x.detach() for x in inputs)))
+    out = function(*inputs)
+    grad = torch.randn_like(out)
+    return forward, ms(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+
+
 # ---------------------------------------------------------------------------------------------- the scan
-def accelerated_scan() -> Callable:
-    from accelerated_scan.scalar import scan as peer
-    return lambda a, b: peer(a, b)  # (B, D, L), power-of-two L
+def accelerated_scan(module: str) -> Callable:
+    return importlib.import_module(f"accelerated_scan.{module}").scan  # (B, D, L), power-of-two L
 
 
 def hgrn(name: str) -> Callable:
-    from fla.ops import hgrn as module
-    peer = getattr(module, name)
+    peer = getattr(importlib.import_module("fla.ops.hgrn"), name)
     return lambda a, b: peer(b, a)[0]  # h = exp(a)·h + b: given log a, whose cost is not counted
 
 
 def scan_peers() -> Peers:
     peers: Peers = {}
-    optional(peers, "accelerated-scan", accelerated_scan)
+    for name in ("scalar", "warp"):
+        optional(peers, f"accelerated-scan.{name}", lambda: accelerated_scan(name))
     for name in ("chunk_hgrn", "fused_recurrent_hgrn"):
         optional(peers, name, lambda: hgrn(name))
     return peers
 
 
-def time_scan(ms: Clock, copy: float, B: int, L: int, D: int, peers: Peers) -> list[Row]:
+def time_scan(ms: Clock, copy: float, B: int, L: int, D: int, dtype: torch.dtype, peers: Peers) -> list[Row]:
     """Forward and backward of one shape against every peer in its own layout, and the error against float64."""
-    a = torch.rand(B, L, D, device="cuda").mul_(0.2).add_(0.8)
-    b, h0, dh = torch.randn_like(a), torch.zeros(B, D, device="cuda"), torch.randn_like(a)
-    h = kernels.scan_op(a, b, h0)
-    max_error = (h[:1] - resona.scan_parallel(a[:1].double(), b[:1].double())).abs().max().item()
-    ours = {"forward": ms(lambda: kernels.scan_op(a, b, h0)),
-            "backward": ms(lambda: kernels.scan_backward_op(a, h, h0, dh))}
-    rows = []
-    for which, per_element in (("forward", 12), ("backward", 20)):  # bytes, if the sequence is not cut
-        speed = per_element * a.numel() / ours[which] / 1e6
-        rows.append({"kernel": "scan", "pass": which, "B": B, "L": L, "D": D, "ms": ours[which], "GB/s": speed,
-                     "of copy": speed / copy, "max error": max_error})
-    for name, peer in peers.items():
+    a = torch.rand(B, L, D, device=DEVICE).mul_(0.2).add_(0.8).to(dtype).requires_grad_()
+    b = torch.randn_like(a).requires_grad_()
+    exact = resona.scan_parallel(a[:1].detach().double(), b[:1].detach().double())
+    max_error = (kernels.scan(a[:1].detach(), b[:1].detach()) - exact).abs().max().item()
+    ours, rows = both(ms, kernels.scan, a, b), []
+    for which, arrays, time in zip(("forward", "backward"), (3, 5), ours):  # read or written once, if L is not cut
+        speed = arrays * a.numel() * a.element_size() / time / 1e6
+        rows.append({"kernel": "scan", "pass": which, "dtype": str(dtype)[6:], "B": B, "L": L, "D": D, "ms": time,
+                     "GB/s": speed, "of copy": speed / copy, "max error": max_error})
+    for name, peer in {"parallel": resona.scan_parallel, **peers}.items():
+        inputs = [a.log() if "hgrn" in name else a, b]
+        if "accelerated" in name:
+            inputs = [x.mT for x in inputs]
+        inputs = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in inputs]
         try:
-            inputs = [a.log() if "hgrn" in name else a, b]
-            if name == "accelerated-scan":
-                inputs = [x.mT for x in inputs]
-            x, y = (x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in inputs)
-            rows[0][name] = ms(lambda: peer(x.detach(), y.detach())) / ours["forward"]
-            out = peer(x, y)
-            grad = torch.randn_like(out)
-            backward = ms(lambda: torch.autograd.grad(out, (x, y), grad, retain_graph=True))
-            rows[1][name] = backward / ours["backward"]
+            theirs = both(ms, peer, *inputs)
+            rows[0][name], rows[1][name] = (their / our for their, our in zip(theirs, ours))
         except Exception as error:
-            print(f"{name} at {B, L, D}: {short(error)}")
+            print(f"{name} at {B, L, D, dtype}: {short(error)}")
     return rows
 
 
@@ -95,53 +99,52 @@ def nsa_topk() -> Callable:
     return run
 
 
-def unfused(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
-    """The search by a matrix product and torch.topk."""
-    ended = torch.arange(offset, offset + q.shape[1], device=q.device) // chunk_size
-    hidden = torch.arange(c.shape[1], device=q.device) >= ended[:, None]
-    return (q @ c.mT).masked_fill(hidden, -torch.inf).topk(top_k)
-
-
-def time_search(ms: Clock, L: int, chunk_size: int, top_k: int, peers: Peers, S: int = 64,
+def time_search(ms: Clock, B: int, L: int, M: int, chunk_size: int, top_k: int, peers: Peers, S: int = 64,
                 block: int = 65536) -> Row:
-    """All L queries, `block` at a time. The floor: half the time of the bare products, as half are visible."""
-    M = L // chunk_size
-    q, c = torch.randn(1, L, S, device="cuda"), torch.randn(1, M, S, device="cuda")
+    """The last L queries of a text of M chunks, `block` at a time: L = M·chunk_size reads it, L = 1 decodes. Flops are
+    those of the visible pairs. The peer in PyTorch multiplies the visible chunks alone, too."""
+    q, c = torch.randn(B, L, S, device=DEVICE), torch.randn(B, M, S, device=DEVICE)
+    offset = M * chunk_size + (L == 1) - L
+    pairs = B * sum(min(M, (offset + t) // chunk_size) for t in range(L))
 
     def every_block(search: Callable) -> Callable:
         def run():
             for t in range(0, L, block):
-                search(q[:, t:t + block], c, top_k, chunk_size, t)
+                search(q[:, t:t + block], c, top_k, chunk_size, offset + t)
         return run
 
-    def peak(run: Callable) -> float:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-    ours = every_block(kernels.search)
-    row = {"kernel": "search", "L": L, "chunks": M, "top_k": top_k, "ms": ms(ours), "peak GiB": peak(ours)}
-    last = q[:, -512:]  # enough to check against float64
-    score, index = kernels.search(last, c, top_k, chunk_size, L - last.shape[1])
-    exact = (last.double().unsqueeze(2) * c[0, index].double()).sum(-1)  # (1, 512, K)
+    time = ms(every_block(kernels.search))
+    row = {"kernel": "search", "B": B, "L": L, "chunks": M, "top_k": top_k, "ms": time,
+           "TFLOP/s": 2 * pairs * S / time / 1e9, "GB/s of keys": c.nbytes / time / 1e6}
+    last, t = q[:, -512:], offset + max(0, L - 512)  # enough to check against float64
+    score, index = kernels.search(last, c, top_k, chunk_size, t)
+    exact = torch.stack([(x.double().unsqueeze(1) * y[i].double()).sum(-1) for x, y, i in zip(last, c, index)])
     row["max error"] = (score - exact).masked_fill(index < 0, 0).abs().max().item()
-    if min(L, block) * M * 4 <= 2**33:  # otherwise a block's score matrix alone is over 8 GiB
-        row["floor ms"] = ms(every_block(lambda q, c, *_: q @ c.mT)) / 2
-        for name, peer in {"topk": unfused, "compiled topk": torch.compile(unfused, dynamic=True)}.items():
-            optional(row, name, lambda: ms(every_block(peer)) / row["ms"])
-        row["topk peak GiB"] = peak(every_block(unfused))
-    if L <= block and chunk_size >= 2 * top_k:  # nsa_topk allows no more
+    optional(row, "parallel", lambda: ms(every_block(resona.search_parallel)) / time)
+    if 1 < L <= block and chunk_size >= 2 * top_k:  # nsa_topk allows no more
         heads = q.unsqueeze(2).repeat(1, 1, 16, 1)
         for name, peer in peers.items():
-            optional(row, name, lambda: ms(lambda: peer(heads, c, top_k, chunk_size, 0)) / row["ms"])
+            optional(row, name, lambda: ms(lambda: peer(heads, c, top_k, chunk_size, 0)) / time)
     return row
+
+
+# ------------------------------------------------------------------------------------------------ attend
+def time_attend(ms: Clock, B: int, L: int, U: int, top_k: int, H: int, E: int, dtype: torch.dtype) -> list[Row]:
+    M = L // U
+    q = torch.randn(B, L, H, E, device=DEVICE, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(B, M, U, H, E, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
+    score = torch.randn(B, L, top_k, device=DEVICE, requires_grad=True)
+    index = torch.randint(0, M, (B, L, top_k), device=DEVICE)
+    ours, theirs = (both(ms, lambda *x: attend(*x, index), q, k, v, score)
+                    for attend in (kernels.attend, resona.attend_parallel))
+    return [{"kernel": "attend", "pass": which, "dtype": str(dtype)[6:], "B": B, "L": L, "U": U, "top_k": top_k, "H·E": H * E,
+             "ms": time, "parallel": other / time} for which, time, other in zip(("forward", "backward"), ours, theirs)]
 
 
 # ----------------------------------------------------------------------------------------------- the run
 def copy_speed(ms: Clock) -> float:
     """GB/s of a copy of 1 GiB, read and written: the ceiling."""
-    x = torch.empty(2**28, device="cuda")
+    x = torch.empty(2**28, device=DEVICE)
     return 2 * x.nbytes / ms(lambda: x.clone()) / 1e6
 
 
@@ -174,18 +177,26 @@ def main() -> int:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     peers = scan_peers()
     shapes = [(8, 2**n, 1536) for n in range(10, 17)] + [(1, 131072, 512), (32, 2048, 768)]
-    scans = [row for shape in shapes for row in time_scan(ms, copy, *shape, peers)]
-    show("scan, float32. Peers: their time / ours; accelerated-scan in its layout, hgrn given log a", scans)
+    scans = [row for dtype in (torch.float32, torch.bfloat16) for shape in shapes
+             for row in time_scan(ms, copy, *shape, dtype, peers)]
+    show("scan. Peers: their time / ours, forward or backward alone, both through autograd; parallel is resona.py's;\n"
+         "accelerated-scan in its layout, hgrn given log a", scans)
     peers = {}
     optional(peers, "nsa_topk", nsa_topk)
-    searches = [time_search(ms, L, U, K, peers)
-                for L in (4096, 16384, 65536, 2**20) for U in (16, 64) for K in (4, 8, 32)]
-    show("search, S = 64. Peers: their time / ours; topk is matmul + torch.topk; nsa_topk is fla's, which scores\n"
-         "16 heads for each search in tf32, always takes the first and last two chunks, and returns no scores",
+    texts = [(1, L, L // U, U, K) for L in (4096, 16384, 65536, 2**20) for U in (16, 64) for K in (4, 8, 32)]
+    batches = [(16, 4096, 256, 16, 8), (4, 16384, 4096, 4, 4)]
+    decoding = [(B, 1, M, 4, 4) for B in (1, 16) for M in (1024, 16384, 65536)]
+    searches = [time_search(ms, *sizes, peers) for sizes in texts + batches + decoding]
+    show("search, S = 64, float32; L = 1 is decoding. Peers: their time / ours; parallel is resona.py's; nsa_topk is fla's,\n"
+         "which scores 16 heads for each search in tf32, always takes the first and last two chunks, returns no scores",
          searches)
+    attends = [row for dtype in (torch.float32, torch.bfloat16)
+               for sizes in ((16, 220, 2, 4, 4, 16), (1, 16384, 4, 4, 4, 16), (1, 65536, 4, 8, 4, 64), (1, 65536, 16, 8, 4, 64))
+               for row in time_attend(ms, *sizes, dtype)]
+    show("attend. parallel: the time of resona.py's / ours", attends)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({**machine, "rows": scans + searches}, file, indent=1)
+            json.dump({**machine, "rows": scans + searches + attends}, file, indent=1)
     return 0
 
 

@@ -13,6 +13,7 @@ from test_resona import (DEVICE, GPU, needs_triton, one_line, python, random_tok
 
 import kernels
 import resona
+from evidence import benchmark_kernels
 from resona import Resona, ResonaConfig, search_naive
 
 
@@ -210,6 +211,25 @@ def test_benchmark_says_what_it_needs():
         done = python("-m", "evidence.benchmark_kernels")
         assert done.returncode == 2 and "needs Triton and a CUDA GPU" in done.stderr
         assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+@needs_triton
+def test_benchmark_measures_what_it_prints(small_tiles, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_kernels, "DEVICE", DEVICE)
+    times = []
+
+    def ms(function):
+        times.append(function())
+        return float(len(times))
+
+    rows = benchmark_kernels.time_scan(ms, 1.0, 1, 4, 2, torch.float32, {"fails": lambda a, b: 1 / 0})
+    assert [(row["ms"], row["parallel"]) for row in rows] == [(1, 3), (2, 2)] and "fails at" in capsys.readouterr().out
+    assert len(times) == 4 and rows[0]["max error"] < 1e-6 and rows[1]["GB/s"] == 5 * 8 * 4 / 2 / 1e6
+    read, token = (benchmark_kernels.time_search(ms, 2, L, 4, 2, 1, {}, S=8) for L in (8, 1))
+    assert read["TFLOP/s"] == 2 * 2 * (0 + 0 + 1 + 1 + 2 + 2 + 3 + 3) * 8 / 5 / 1e9 and read["max error"] < 1e-5
+    assert token["TFLOP/s"] == 2 * 2 * 4 * 8 / 7 / 1e9 and token["parallel"] == 8 / 7
+    rows = benchmark_kernels.time_attend(ms, 1, 4, 2, 1, 2, 2, torch.float32)
+    assert [(row["pass"], row["ms"], row["parallel"]) for row in rows] == [("forward", 9, 11 / 9), ("backward", 10, 1.2)]
 
 
 @torch.no_grad()
