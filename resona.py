@@ -76,31 +76,34 @@ class Resona(nn.Module):
         self.norm = nn.RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, state: State | None = None, top_k: int | None = None) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: State | None = None, top_k: int | None = None,
+                last: bool = False) -> tuple[Tensor, State]:
         """tokens: (B, L) int64 -> logits (B, L, vocab_size) for the token after each, and the state after all.
 
         The state law: however a text is cut into calls, the logits are the same. model(tokens) equals model(tokens[:, :i])
-        followed by model(tokens[:, i:], state). top_k replaces config.top_k. Raises ValueError on bad input.
+        followed by model(tokens[:, i:], state). top_k replaces config.top_k; last: the last logits alone, L = 1.
         """
         check_call(self, tokens, state, top_k)
         x, layers = self.embedding(tokens), []  # (B, L, D)
         for i, layer in enumerate(self.layers):
             x, new = layer(x, None if state is None else state.layers[i], top_k)
             layers.append(new)
-        return self.head(self.norm(x)), State(self.config, layers)
+        return self.head(self.norm(x[:, -1:] if last else x)), State(self.config, layers)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0,
-                 generator: torch.Generator | None = None, top_k: int | None = None) -> Tensor:
-        """tokens: (B, L) -> (B, L + max_new_tokens), the prompt and its continuation: the likeliest tokens or, with
-        a temperature, draws from softmax(logits / temperature). Each costs a step; the prompt is read once."""
+                 generator: torch.Generator | None = None, top_k: int | None = None,
+                 state: State | None = None, stop: int | None = None) -> Tensor:
+        """tokens: (B, L), read once, after what state has read -> (B, L + max_new_tokens), tokens and what follows: the
+        likeliest or draws from softmax(logits / temperature). Less, if every row has written the token stop by then."""
         check_generate(max_new_tokens, temperature)
-        out, state = [tokens], None
+        out, stopped = [tokens], False
         for _ in range(max_new_tokens):
-            logits, state = self(out[-1], state, top_k)
-            last = logits[:, -1]  # (B, vocab_size)
-            out.append(last.argmax(-1, keepdim=True) if temperature == 0 else
-                       torch.multinomial((last / temperature).softmax(-1), 1, generator=generator))
+            logits, state = self(out[-1], state, top_k, last=True)
+            out.append(logits.argmax(-1) if temperature == 0 else
+                       torch.multinomial((logits[:, 0] / temperature).softmax(-1), 1, generator=generator))
+            if stop is not None and (stopped := stopped | (out[-1] == stop)).all():
+                break
         return torch.cat(out, dim=1)
 
 
@@ -174,11 +177,12 @@ class Retrieval(nn.Module):
 
     def forward(self, z: Tensor, u: Tensor, y: Tensor, memory: Memory | None = None,
                 top_k: int | None = None) -> tuple[Tensor, Memory]:
-        check_shapes("z (B, L, D), u (B, L, D), y (B, L, D)", z, u, y)
+        check_shapes("BLD BLD BLD", z, u, y)  # y has the backbone's shape
         memory = self.remember(z, u, memory)
         read = memory.k.shape[1] * self.chunk_size + memory.z.shape[1]  # tokens so far, these included
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D): the output asks, with the short features
-        score, index = self.search(asks, memory, top_k or self.top_k, read - z.shape[1])  # (B, L, K)
+        query = self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)  # of length 1, sharpened
+        score, index = self.search(query, memory, top_k or self.top_k, read - z.shape[1])  # (B, L, K)
         q = self.query(asks).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
         alpha = torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 where nothing was found
@@ -202,12 +206,8 @@ class Retrieval(nn.Module):
         chunks = (B, z.shape[1] // U, U, H, z.shape[2] // H)
         return self.search_key(u), self.key(u[:, :-1]).reshape(chunks), self.value(z).reshape(chunks)
 
-    def search(self, asks: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        return search(self.scaled_query(asks), memory.c, top_k, self.chunk_size, offset)
-
-    def scaled_query(self, asks: Tensor) -> Tensor:
-        """Chunks are scored by the cosine with their keys times a learned sharpness: none wins by being long."""
-        return self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)
+    def search(self, query: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
+        return search(query, memory.c, top_k, self.chunk_size, offset)
 
 
 class ChunkEncoder(nn.Module):
@@ -238,7 +238,7 @@ def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
     a, b: (B, L, D), |a| <= 1, h0: (B, D) or zero -> h: (B, L, D) in the dtype of b, carried in float32 at least.
     """
-    check_shapes("a (B, L, D), b (B, L, D), h0 (B, D)", a, b, h0)
+    check_shapes("BLD BLD BD", a, b, h0)
     wide, hs = torch.promote_types(b.dtype, torch.float32), []
     h = torch.zeros_like(b[:, 0]) if h0 is None else h0
     for t in range(b.shape[1]):
@@ -254,7 +254,7 @@ def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int 
     first, in float32 at least, index: (B, L, top_k) int64; -inf and -1 where there is no chunk left. A query at
     position p may see chunk m if it ended before: (m + 1)·U <= p. Of equal chunks any may win.
     """
-    check_shapes("q (B, L, S), c (B, M, S)", q, c)
+    check_shapes("BLS BMS", q, c)
     (B, L, _), M, wide = q.shape, c.shape[1], torch.promote_types(q.dtype, torch.float32)
     score = torch.full((B, L, top_k), -math.inf, dtype=wide, device=q.device)
     index = torch.full((B, L, top_k), -1, device=q.device)
@@ -367,7 +367,7 @@ import kernels
 
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """The same as scan_naive, in about 3·√L operations."""
-    check_shapes("a (B, L, D), b (B, L, D), h0 (B, D)", a, b, h0)
+    check_shapes("BLD BLD BD", a, b, h0)
     wide = torch.promote_types(b.dtype, torch.float32)
     h0 = torch.zeros_like(b[:, 0]) if h0 is None else h0
     return _Scan.apply(a.to(wide), b.to(wide), h0.to(wide)).to(b.dtype)
@@ -425,7 +425,7 @@ def _scan_grid(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, backwards: bool = 
 
 def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     """The same as search_naive for a block of queries at once, with some four million scores at a time."""
-    check_shapes("q (B, L, S), c (B, M, S)", q, c)
+    check_shapes("BLS BMS", q, c)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, c = q.to(wide), c.to(wide)
     (B, L, _), M = q.shape, c.shape[1]
@@ -584,7 +584,7 @@ def _nearest(x: Tensor, centroids: Tensor, n: int = 1) -> tuple[Tensor, Tensor]:
 def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, lists: Lists,
                n_probe: int) -> tuple[Tensor, Tensor]:
     """search_naive among the chunks of the n_probe lists whose centroids are most similar, and the outliers."""
-    check_shapes("q (B, L, S), c (B, M, S)", q, c)
+    check_shapes("BLS BMS", q, c)
     wide, n_list = torch.promote_types(q.dtype, torch.float32), lists.centroids.shape[1]
     q, c = q.to(wide), c.to(wide)
     early = min(q.shape[1], max(0, SAMPLE * n_list * chunk_size - offset))  # queries that see too few chunks for lists
@@ -632,10 +632,10 @@ class RetrievalIVF(Retrieval):
         memory = super().remember(z, u, past)
         return memory._replace(lists=update_lists(memory.c, self.n_list, past and past.lists))
 
-    def search(self, asks: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
+    def search(self, query: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
         if memory.lists is None:
-            return super().search(asks, memory, top_k, offset)
-        return search_ivf(self.scaled_query(asks), memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
+            return super().search(query, memory, top_k, offset)
+        return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
 
 
 BRANCHES["ivf"] = lambda c: RetrievalIVF(
@@ -739,15 +739,15 @@ def check_int(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_shapes(spec: str, *tensors: Tensor | None) -> None:
-    """spec: as in "q (B, L, S), c (B, M, S)": a letter has one size throughout, at least 1 but for M. All tensors
-    share one floating dtype and one device. None is left out."""
-    letters, sizes = [part.replace(",", "").split()[1:] for part in spec.replace("(", "").split(")")], {}
-    named = [(x, axes) for x, axes in zip(tensors, letters) if x is not None]
-    ok = all(len(axes) == x.ndim and all(sizes.setdefault(*pair) == pair[1] for pair in zip(axes, x.shape))
-             for x, axes in named) and all(size or letter == "M" for letter, size in sizes.items())
-    check(ok, f"shapes must be {spec}, with sizes of at least 1, got {[[*x.shape] for x, _ in named]}")
-    kinds = {(x.dtype, x.device) for x, _ in named}
-    check(len(kinds) == 1 and tensors[0].is_floating_point(), f"{spec} must share one floating dtype and device, got {kinds}")
+    """spec: a letter for each size, as in "BLS BMS"; equal letters, equal sizes, of at least 1 but for M. All tensors
+    that are not None share one floating dtype and one device."""
+    given = [(x, axes) for x, axes in zip(tensors, spec.split()) if x is not None]
+    size = {axis: n for x, axes in given for axis, n in zip(axes, x.shape)}
+    ok = all([*x.shape] == [size.get(axis) for axis in axes] for x, axes in given)
+    check(ok and all(n or axis == "M" for axis, n in size.items()), f"shapes must be {spec}, a letter for each size of "
+          f"at least 1, got {', '.join(str([*x.shape]) for x, _ in given)}")
+    kinds = {(x.dtype, x.device) for x, _ in given}
+    check(len(kinds) == 1 and given[0][0].is_floating_point(), f"one floating dtype and device, please, got {kinds}")
 
 
 def check_config(c: ResonaConfig) -> None:

@@ -728,8 +728,8 @@ def test_bad_scans_and_searches_are_refused(monkeypatch):
     x = torch.zeros(2, 3, 4)
     for scan in (scan_naive, scan_parallel):
         for inputs, words in [
-            ((x, x[:, :2]), ["[2, 3, 4]", "[2, 2, 4]"]), ((x[0], x[0]), ["(B, L, D)", "[3, 4]"]),
-            ((x[:, :0], x[:, :0]), ["L >= 1"]), ((x, x, x[:, 0, :3]), ["h0", "[2, 3]"]),
+            ((x, x[:, :2]), ["[2, 3, 4]", "[2, 2, 4]"]), ((x[0], x[0]), ["BLD", "[3, 4]"]),
+            ((x[:, :0], x[:, :0]), ["at least 1", "[2, 0, 4]"]), ((x, x, x[:, 0, :3]), ["BD", "[2, 3]"]),
             ((x, x.double()), ["float32", "float64"]), ((x, x, x[:, 0].double()), ["float32", "float64"]),
             ((x.long(), x.long()), ["int64"]),
         ]:
@@ -738,8 +738,6 @@ def test_bad_scans_and_searches_are_refused(monkeypatch):
         for inputs, words in [
             ((x, x[..., :2], 1, 1), ["[2, 3, 4]", "[2, 3, 2]"]), ((x, x[:1], 1, 1), ["[1, 3, 4]"]),
             ((x, x.double(), 1, 1), ["float64"]), ((x.long(), x.long(), 1, 1), ["int64"]),
-            ((x, x, 0, 1), ["top_k", "0"]), ((x, x, 1, 0), ["chunk_size", "0"]),
-            ((x, x, 1, 1, -1), ["offset", "-1"]),
         ]:
             one_line(ValueError, lambda: search(*inputs), *words)
     monkeypatch.setattr(resona, "IMPLEMENTATION", "fast")

@@ -41,17 +41,20 @@ def load(path: Path, device: str) -> Resona:
 @torch.no_grad()
 def read_string(model: Resona, chunks: int, device: str) -> dict[int, tuple[Retrieval, Memory, Tensor]]:
     """Read so many chunks of a string and its copy -> of each layer that searches: branch, memory, last queries."""
-    asked, hooks, tokens = {}, [], chunks * model.config.chunk_size
+    asked, tokens = {}, chunks * model.config.chunk_size
     branches = {i: layer.retrieval for i, layer in enumerate(model.layers) if layer.retrieval}
     for i, branch in branches.items():
-        hooks.append(branch.search_query.register_forward_pre_hook(
-            lambda module, inputs, i=i: asked.update({i: inputs[0]})))
+        def note(query, *args, i=i, search=branch.search):
+            asked[i] = query
+            return search(query, *args)
+
+        branch.search = note
     string, state = copy_string(np.random.default_rng([0, chunks]), tokens * 2 // 3)[0], None
     for piece in torch.as_tensor(string[None, :tokens], device=device).split(PIECE, dim=1):
         _, state = model(piece, state)
-    for hook in hooks:
-        hook.remove()
-    return {i: (branch, state.layers[i][2], branch.scaled_query(asked[i][:, -QUERIES:]))
+    for branch in branches.values():
+        del branch.search
+    return {i: (branch, state.layers[i][2], asked[i][:, -QUERIES:])
             for i, branch in branches.items()}
 
 
