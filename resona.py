@@ -79,7 +79,6 @@ class Resona(nn.Module):
     def forward(self, tokens: Tensor, state: State | None = None, top_k: int | None = None,
                 last: bool = False) -> tuple[Tensor, State]:
         """tokens: (B, L) int64 -> logits (B, L, vocab_size) for the token after each, and the state after all.
-
         The state law: however a text is cut into calls, the logits are the same. model(tokens) equals model(tokens[:, :i])
         followed by model(tokens[:, i:], state). top_k replaces config.top_k; last: the last logits alone, L = 1.
         """
@@ -112,10 +111,10 @@ class Layer(nn.Module):
 
     def __init__(self, config: ResonaConfig, retrieval: bool):
         super().__init__()
-        D, make = config.d_model, config.backbone if callable(config.backbone) else BACKBONES[config.backbone]
+        D = config.d_model
         self.norm = nn.RMSNorm(D)
         self.conv = ShortConv(D, config.d_conv)
-        self.backbone = make(D)
+        self.backbone = (BACKBONES.get(config.backbone) or config.backbone)(D)
         self.retrieval = BRANCHES[config.search](config) if retrieval else None
         self.norm_mlp = nn.RMSNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.d_ff), nn.SiLU(), nn.Linear(config.d_ff, D))
@@ -158,12 +157,13 @@ class Memory(NamedTuple):
 
 class Retrieval(nn.Module):
     """The branch: output, memory = branch(z, u, y, memory=None), in four steps: remember, search, attend, mix.
-
     z: (B, L, D) normed layer input, u: (B, L, D) short features of it, y: (B, L, D) the backbone's output
-    -> (1-α)·y + α·r, without a residual connection; memory: what it has read, to go on from.
+    -> (1-α)·y + α·r, without a residual connection; memory: what it has read, to go on from. closed: α is multiplied
+    by a learned gate that starts at zero, so that in a trained model the branch changes nothing, until it is trained.
     """
 
-    def __init__(self, d_model: int, n_head: int = 4, chunk_size: int = 4, top_k: int = 4, d_search: int = 32):
+    def __init__(self, d_model: int, n_head: int = 4, chunk_size: int = 4, top_k: int = 4, d_search: int = 32,
+                 closed: bool = False):
         super().__init__()
         self.n_head, self.chunk_size, self.top_k, D, S = n_head, chunk_size, top_k, d_model, d_search
         self.search_query = nn.Linear(2 * D, S, bias=False)
@@ -174,6 +174,7 @@ class Retrieval(nn.Module):
         self.value = nn.Linear(D, D, bias=False)
         self.output = nn.Linear(D, D, bias=False)
         self.alpha = nn.Linear(2 * D, 1)
+        self.gate = nn.Parameter(torch.zeros(())) if closed else 1.0
 
     def forward(self, z: Tensor, u: Tensor, y: Tensor, memory: Memory | None = None,
                 top_k: int | None = None) -> tuple[Tensor, Memory]:
@@ -185,7 +186,7 @@ class Retrieval(nn.Module):
         score, index = self.search(query, memory, top_k or self.top_k, read - z.shape[1])  # (B, L, K)
         q = self.query(asks).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
-        alpha = torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 where nothing was found
+        alpha = self.gate * torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 where nothing was found
         self.opened = {"index": index, "score": score.detach(), "alpha": alpha.detach()}  # for inspect
         return torch.lerp(y, self.output(r.flatten(2)), alpha), memory  # (1-α)·y + α·r
 
@@ -212,7 +213,6 @@ class Retrieval(nn.Module):
 
 class ChunkEncoder(nn.Module):
     """One search key per chunk, of unit length: Σ_j linear u[j-1] + MLP(the chunk's features in order).
-
     The sum over its tokens j learns fast, the MLP adds what depends on their order. Features alone, not y: a key
     made from the state drifts with the position, and such a model copies no string longer than it was trained on.
     """
@@ -345,8 +345,9 @@ check_config = check_call = check_generate = check_shapes = lambda *_: None
 # 1 scan, 2 search, 3 attend: as in Part I, which tests hold them equal to, in values and in gradients.
 # 4 an approximate search.   5 memory that grows.   6 the switch.   7 for use: a look inside, files.   8 checks.
 
+from copy import deepcopy
 from dataclasses import asdict, fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 from torch.utils._pytree import tree_map_only
@@ -719,12 +720,49 @@ def load(cls: type, path: str | Path, device: str | torch.device = "cpu", **chan
     return model.to(device)
 
 
-def detach(self: State) -> State:
-    """The same without its graph, to train on a long text piece by piece."""
-    return self._replace(layers=tree_map_only(Tensor, Tensor.detach, self.layers))
+def change(self: State, function: Callable[[Tensor], Tensor]) -> State:
+    """The same with each tensor changed. What torch.save writes of a state, torch.load reads with weights_only=True."""
+    return self._replace(layers=tree_map_only(Tensor, function, self.layers))
 
 
-Resona.inspect, Resona.save, Resona.load, State.detach = inspect, save, classmethod(load), detach
+def select(self: State, rows: Tensor) -> State:
+    """Rows of the batch, int64, in any order and also repeated: for beam search, or several samples of one prompt."""
+    make = BACKBONES.get(self.config.backbone) or self.config.backbone
+    with torch.device("meta"):  # nn.RNNBase has the batch in the second dimension of its states, all others in the first
+        dim = int(isinstance(make(self.config.d_model), nn.RNNBase))
+    return self._replace(layers=[tuple(
+        tree_map_only(Tensor, lambda x: x.index_select(d, rows.to(x.device)), part)
+        for part, d in zip(layer, (0, dim, 0))) for layer in self.layers])
+
+
+State.change, State.select = change, select
+State.detach = lambda self: self.change(Tensor.detach)  # to train on a long text piece by piece
+State.to = lambda self, device: self.change(lambda x: x.to(device))
+torch.serialization.add_safe_globals([State, ResonaConfig, Memory, Lists])
+
+
+def check_backbone(module: nn.Module, d_model: int) -> None:
+    """Raise ValueError, with one line, if a module cannot be a backbone. Call this first with one of your own."""
+    module, like = deepcopy(module).eval(), next(module.parameters(), torch.empty(0))
+    x = torch.randn(2, 6, d_model, dtype=like.dtype, device=like.device)
+    late, row = x.clone(), x.clone()
+    late[:, 4:], row[0] = 1, 1
+    out = module(x)
+    check(isinstance(out, tuple) and len(out) == 2 and out[1] is not None,
+          f"backbone must return an output and a state that is not None, got {type(out)}")
+    check(isinstance(out[0], Tensor) and out[0].shape == x.shape,
+          f"backbone's output must have the shape of its input, {[*x.shape]}, got {[*getattr(out[0], 'shape', [])]}")
+    with torch.no_grad():
+        same = partial(torch.allclose, rtol=1e-3, atol=1e-4)
+        check(same(module(row)[0][1], out[0][1]), "backbone mixes the rows of a batch: is its batch_first=True missing?")
+        check(same(module(late)[0][:, :4], out[0][:, :4]), "backbone looks ahead: an output depends on later tokens")
+        first, state = module(x[:, :3])
+        rest, again = (module(x[:, 3:], state)[0] for _ in range(2))
+        check(same(rest, again), "backbone changes the state that it is given; it must return a new one")
+        check(same(torch.cat([first, rest], 1), out[0]), "backbone breaks the state law: in two calls it gives another output")
+
+
+Resona.inspect, Resona.save, Resona.load = inspect, save, classmethod(load)
 
 
 # 8. Checks, where the public enters: one line that names what, which value, and what is allowed.

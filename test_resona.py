@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -37,8 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 import resona
 import train_toy
-from resona import (BACKBONES, Resona, ResonaConfig, Retrieval, attend_naive, attend_parallel,
-                    scan_naive, scan_parallel, search_ivf, search_naive, search_parallel, update_lists)
+from resona import (BACKBONES, GatedRecurrence, Resona, ResonaConfig, Retrieval, SelectiveSSM, attend_naive,
+                    attend_parallel, check_backbone, scan_naive, scan_parallel, search_ivf, search_naive, search_parallel, update_lists)
 from train_toy import Copying, copy_string, make_model, packed
 
 DOUBLE = torch.float64
@@ -600,6 +601,33 @@ def test_top_k_can_change_at_call_time():
     assert_close(changed(tokens[:, 13:], state)[0], one[:, 13:], rtol=0, atol=1e-9)  # a state fits any top_k
 
 
+@pytest.mark.parametrize("backbone", ["gated", "ssm", "gru", "lstm"])
+def test_rows_of_a_state_can_be_chosen_and_a_state_saved(backbone, monkeypatch, tmp_path):
+    monkeypatch.setitem(BACKBONES, "gru", gru)
+    monkeypatch.setitem(BACKBONES, "lstm", lambda d: nn.LSTM(d, d, batch_first=True))
+    model = small_model(backbone, n_layer=1, search="ivf", n_list=1, n_probe=1)
+    for tokens, rows in ((random_tokens(3, 90), torch.tensor([2, 0, 2, 1])), (random_tokens(1, 90), torch.tensor([0, 0]))):
+        _, state = model(tokens[:, :71])
+        assert state.layers[0][2].lists is not None
+        torch.save(state, tmp_path / "state.pt")
+        chosen = torch.load(tmp_path / "state.pt", weights_only=True).to("cpu").select(rows)
+        assert_close(model(tokens[rows, 71:], chosen)[0], model(tokens[rows])[0][:, 71:], rtol=0, atol=1e-9)
+        assert_close(model(tokens[:, 71:], deepcopy(state.detach()))[0], model(tokens)[0][:, 71:], rtol=0, atol=1e-9)
+
+
+def test_a_closed_branch_changes_nothing_until_it_is_trained():
+    z, u, y = (torch.randn(2, 21, 16) for _ in range(3))
+    branch = Retrieval(16, closed=True)
+    out = branch(z, u, y)[0]
+    assert torch.equal(out, y)
+    out.square().sum().backward()
+    assert branch.gate.grad != 0 and branch.output.weight.grad.abs().max() == 0
+    branch.gate.data.fill_(1.0)
+    open_ = Retrieval(16)
+    open_.load_state_dict(branch.state_dict(), strict=False)
+    assert torch.equal(branch(z, u, y)[0], open_(z, u, y)[0])
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_generate_matches_reading_everything_again(backbone):
     model, prompt = small_model(backbone), random_tokens(2, 9)
@@ -608,6 +636,12 @@ def test_generate_matches_reading_everything_again(backbone):
         slow = torch.cat([slow, model(slow)[0][:, -1:].argmax(-1)], 1)
     assert torch.equal(model.generate(prompt, 12), slow)
     assert torch.equal(model.generate(prompt, 0), prompt)
+    state = model(prompt[:, :6])[1]
+    assert torch.equal(model.generate(prompt[:, 6:], 12, state=state), slow[:, 6:])
+    for stop in range(11):  # until both rows have written it
+        ends = [[*row[9:].tolist(), stop].index(stop) + 1 for row in slow]
+        assert torch.equal(model.generate(prompt, 12, stop=stop), slow[:, :9 + min(12, max(ends))])
+    assert_close(model(prompt, last=True)[0], model(prompt)[0][:, -1:], rtol=0, atol=1e-12)
 
 
 def test_generate_draws_from_the_softmax():
@@ -694,6 +728,37 @@ def test_bad_config_is_refused(field, values, words):
         one_line(ValueError, lambda: ResonaConfig(**{"vocab_size": 5, field: value}), field, repr(value), *words)
     with pytest.raises(FrozenInstanceError):
         setattr(ResonaConfig(5), field, getattr(ResonaConfig(5), field))
+
+
+class Bad(nn.Module):
+    """A running sum with one mistake."""
+
+    def __init__(self, mistake):
+        super().__init__()
+        self.mistake = mistake
+
+    def forward(self, x, state=None):
+        h = x.cumsum(1) + (0 if state is None or self.mistake == "forgets" else state[:, None])
+        new = h[:, -1].clone()
+        if state is not None and self.mistake == "in place":
+            new = state.copy_(new)
+        return {"no state": h, "none": (h, None), "shape": (h[..., :2], new), "ahead": (h.flip(1), new),
+                "rows": (h.flip(0), new)}.get(self.mistake, (h, new))
+
+
+@pytest.mark.parametrize("module, words", [
+    (Bad("no state"), ["state", "Tensor"]), (Bad("none"), ["not None"]), (Bad("shape"), ["[2, 6, 4]", "[2, 6, 2]"]),
+    (Bad("ahead"), ["later"]), (Bad("rows"), ["rows", "batch_first"]), (nn.GRU(4, 4), ["batch_first"]),
+    (Bad("in place"), ["changes the state"]), (Bad("forgets"), ["state law"])])
+def test_check_backbone_names_the_mistake(module, words):
+    one_line(ValueError, lambda: check_backbone(module, 4), "backbone", *words)
+
+
+def test_check_backbone_accepts_what_works():
+    for module in (Bad(None), gru(4), nn.LSTM(4, 4, batch_first=True)):
+        check_backbone(module, 4)
+    for make in (DeltaRule, GatedRecurrence, SelectiveSSM):
+        check_backbone(make(8), 8)
 
 
 OK = torch.zeros(2, 3, dtype=torch.int64)
