@@ -1,4 +1,4 @@
-"""Compare the models of train_toy.py on ten further tasks, over seeds, learning rates and ablations.
+"""Compare the models of train_toy.py on eleven further tasks, over seeds, learning rates and ablations.
 
     python -m evidence.run --task mqar --seeds 3           # a task, mean and deviation over three seeds
     python -m evidence.run --task all                      # every task, and one table of them
@@ -143,7 +143,10 @@ def run(args: argparse.Namespace, task: Any, models: tuple[str, ...], free: bool
     trained, seconds = {}, {}
     for name in models:
         torch.manual_seed(args.seed)
-        trained[name] = make_model(name, args.backbone, task).to(args.device)
+        trained[name] = make_model(name, args.backbone, task)
+        if hasattr(task, "head"):
+            trained[name].head = task.head(trained[name].config.d_model)
+        trained[name].to(args.device)
         seconds[name] = train(name, trained[name], task, own)
     scores = test(trained, task, args, free, stream)
     report = {"task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Ten further tasks for the models of train_toy.py: rows to train on and rows to test on, after their papers.
+"""Eleven further tasks for the models of train_toy.py: rows to train on and rows to test on, after their papers.
 
 Each has what train_toy.Copying has; a drawing shows its rows. `-` in a row of targets: nothing is scored there.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 import train_toy
 from train_toy import BATCH, END, IGNORE, SEPARATOR, START, Rng, Rows, UserError, packed, shift
@@ -220,6 +222,49 @@ class Memorize:
         return {str(length): memorize_rows(rng, 64, length)}
 
 
+def compress_rows(rng: Rng, rows: int, length: int) -> Rows:
+    """A row that ends with a sign, and is to be written again from what the layers made of that sign alone.
+
+        inputs   h d k a c .      letters: tokens 0..14, the sign: 15
+        targets  h d k a c .
+    """
+    x = rng.integers(0, 15, (rows, length))
+    x[:, -1] = 15
+    return x, x
+
+
+class Compress:
+    """How much one vector can hold. The model's head is a decoder that sees the last position alone, and where to write."""
+
+    vocab_size, unit, lengths = 16, "tokens", [32]
+    lr, steps, config, test_top_k = rates(3e-3, 3e-3, 3e-3), 4000, {}, None
+
+    def batch(self, rng: Rng) -> Rows:
+        return compress_rows(rng, BATCH, 32)
+
+    def test(self, rng: Rng, length: int) -> dict[str, Rows]:
+        return {str(length): compress_rows(rng, 256, length)}
+
+    def head(self, d_model: int) -> nn.Module:
+        return Decoder(d_model, self.vocab_size)
+
+
+class Decoder(nn.Module):
+    """The last position's vector plus a position, then per position: twice norm, linear, GELU; norm, linear to letters.
+    The same for every model."""
+
+    def __init__(self, d_model: int, vocab_size: int):
+        super().__init__()
+        self.layers = nn.Sequential(*(layer for _ in range(2) for layer in (
+            nn.RMSNorm(d_model), nn.Linear(d_model, d_model), nn.GELU())), nn.RMSNorm(d_model), nn.Linear(d_model, vocab_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, L, D) -> logits (B, L, vocab_size)"""
+        (_, L, D), device = x.shape, x.device
+        angle = torch.arange(L, device=device)[:, None] * 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)
+        return self.layers(x[:, -1:] + torch.cat([angle.sin(), angle.cos()], dim=1)[:, :D].to(x.dtype))
+
+
 # --------------------------------------------------------------------------------- a needle, a phone book
 
 def needle_rows(rng: Rng, rows: int, length: int, needles: int = 1, questions: int = 1) -> Rows:
@@ -373,11 +418,11 @@ class Text:
 # ------------------------------------------------------------------------------------------- all of them
 TASKS: dict[str, Callable[..., Any]] = {
     **train_toy.TASKS, "ngram": Ngram, "mqar": Mqar, "recall": Recall, "noisy": Noisy, "fuzzy": Fuzzy,
-    "selective": Selective, "memorize": Memorize, "needle": Needle, "phonebook": Phonebook, "text": Text}
+    "selective": Selective, "memorize": Memorize, "compress": Compress, "needle": Needle, "phonebook": Phonebook, "text": Text}
 
 LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even ones
     "copy": (1, 100_000), "bilingual": (1, 32), "ngram": (7, 1500), "mqar": (1, 63), "recall": (16, 16384),
-    "noisy": (16, 16384), "fuzzy": (16, 16384), "selective": (34, 100_000), "memorize": (2, 100_000),
+    "noisy": (16, 16384), "fuzzy": (16, 16384), "selective": (34, 100_000), "memorize": (2, 100_000), "compress": (2, 1000),
     "needle": (4, 2**24), "phonebook": (1, 20_000), "text": (256, 2**20)}
 
 

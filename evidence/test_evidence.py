@@ -195,6 +195,17 @@ def test_retrieval_alone_does_not_read_what_is_not_counted():
     assert torch.allclose(torch.cat([first, rest], dim=1), logits, atol=1e-4)
 
 
+def test_compress_writes_from_the_last_position_alone():
+    inputs, targets = TASKS["compress"]().batch(np.random.default_rng(0))
+    assert inputs.shape == (16, 32) and (inputs[:, -1] == 15).all() and inputs[:, :-1].max() == 14
+    assert (inputs == targets).all()
+    head, x = TASKS["compress"]().head(16), torch.randn(2, 7, 16)
+    y = head(x)
+    other = x.clone()
+    other[:, :-1] = 0
+    assert y.shape == (2, 7, 16) and torch.equal(head(other), y) and len(y[0].unique(dim=0)) == 7
+
+
 # -------------------------------------------------------------------------------------------------- runs
 SHORT = {"ngram": "7", "mqar": "4", "phonebook": "4", "text": "256", "selective": "40", "memorize": "8"}
 
