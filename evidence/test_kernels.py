@@ -75,6 +75,22 @@ def test_kernels_refuse_what_does_not_fit_together():
         one_line(ValueError, lambda: kernels.search(x, x, *numbers), *map(str, numbers))
 
 
+def test_where_a_kernel_cannot_run_it_says_so(monkeypatch):
+    x, half = torch.rand(1, 5, 2, device=DEVICE), torch.rand(1, 5, 2, device=DEVICE).half()
+    if kernels.HAS_TRITON:
+        assert kernels.runs(x) and kernels.runs(half) and not kernels.runs(x.double())
+        one_line(NotImplementedError, lambda: kernels.scan(x.double(), x.double()), "float64")
+        one_line(NotImplementedError, lambda: kernels.search(x.double(), x.double(), 1, 1), "float64")
+        one_line(NotImplementedError, lambda: kernels.search(x, x, kernels.MAX_TOP_K + 1, 1), "top_k", "65")
+        wide = torch.rand(1, 5, 129, device=DEVICE)
+        one_line(NotImplementedError, lambda: kernels.search(wide, wide, 1, 1), "S", "128", "129")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    x = x.cpu()
+    assert not kernels.runs(x)
+    for call in (lambda: kernels.scan(x, x), lambda: kernels.search(x, x, 1, 1)):
+        one_line(NotImplementedError, call, "Triton", "GPU" if not kernels.HAS_TRITON else "cpu")
+
+
 def test_everything_imports_without_triton():
     done = python("-c", "import sys; sys.modules['triton'] = None\n"
                         "import torch, kernels, resona\n"

@@ -1,0 +1,96 @@
+"""Under any recurrence: it copies, check_backbone names what is wrong with one, its states can be handled, and a branch
+that starts closed. python -m pytest evidence/test_backbones.py -s"""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from test_resona import DeltaRule, gru, one_line, random_tokens, seed, small_model  # noqa: F401  (seed is a fixture)
+
+import train_toy
+from resona import BACKBONES, GatedRecurrence, Resona, ResonaConfig, Retrieval, SelectiveSSM, check_backbone
+from train_toy import Copying, copy_string, packed
+
+
+@pytest.mark.parametrize("backbone", [gru, DeltaRule])
+def test_any_recurrence_copies_with_the_branch_and_not_without(backbone):
+    """Plug and play: two recurrences from outside resona.py, trained alike."""
+    accuracy, test = {}, Copying().test
+    for retrieval in (False, True):
+        torch.manual_seed(0)
+        rng = np.random.default_rng(0)
+        width = 64 if retrieval else 104  # about as many parameters
+        model = Resona(ResonaConfig(30, d_model=width, backbone=backbone, retrieval=retrieval))
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+        for step in range(100):
+            rows = map(torch.as_tensor, packed(rng, copy_string, 4, 16, row=70))
+            train_toy.train_step(model, optimizer, 5e-3 * min((step + 1) / 10, 1 - step / 100), *rows)
+        for length in (16, 64):
+            rows = test(rng, length)[str(length)]
+            accuracy[retrieval, length] = train_toy.evaluate(model, rows, "cpu")["token_accuracy"]
+        print(f"\n{backbone.__name__}, {retrieval=}, {train_toy.count(model):,} parameters: of 16 letters "
+              f"{accuracy[retrieval, 16]:.3f} right, of 64 {accuracy[retrieval, 64]:.3f}", end="")
+    assert accuracy[True, 16] > 0.9 and accuracy[True, 64] > 0.75
+    assert accuracy[True, 16] > accuracy[False, 16] + 0.3 and accuracy[True, 64] > accuracy[False, 64] + 0.5
+
+
+class Bad(nn.Module):
+    """A running sum with one mistake."""
+
+    def __init__(self, mistake):
+        super().__init__()
+        self.mistake = mistake
+
+    def forward(self, x, state=None):
+        h = x.cumsum(1) + (0 if state is None or self.mistake == "forgets" else state[:, None])
+        new = h[:, -1].clone()
+        if state is not None and self.mistake == "in place":
+            new = state.copy_(new)
+        return {"no state": h, "none": (h, None), "shape": (h[..., :2], new), "ahead": (h.flip(1), new),
+                "rows": (h.flip(0), new)}.get(self.mistake, (h, new))
+
+
+@pytest.mark.parametrize("module, words", [
+    (Bad("no state"), ["state", "Tensor"]), (Bad("none"), ["not None"]), (Bad("shape"), ["[2, 6, 4]", "[2, 6, 2]"]),
+    (Bad("ahead"), ["later"]), (Bad("rows"), ["rows", "batch_first"]), (nn.GRU(4, 4), ["batch_first"]),
+    (Bad("in place"), ["changes the state"]), (Bad("forgets"), ["state law"])])
+def test_check_backbone_names_the_mistake(module, words):
+    one_line(ValueError, lambda: check_backbone(module, 4), "backbone", *words)
+
+
+def test_check_backbone_accepts_what_works():
+    for module in (Bad(None), gru(4), nn.LSTM(4, 4, batch_first=True)):
+        check_backbone(module, 4)
+    for make in (DeltaRule, GatedRecurrence, SelectiveSSM):
+        check_backbone(make(8), 8)
+
+
+@pytest.mark.parametrize("backbone", ["gated", "ssm", "gru", "lstm"])
+def test_rows_of_a_state_can_be_chosen_and_a_state_saved(backbone, monkeypatch, tmp_path):
+    monkeypatch.setitem(BACKBONES, "gru", gru)
+    monkeypatch.setitem(BACKBONES, "lstm", lambda d: nn.LSTM(d, d, batch_first=True))
+    model = small_model(backbone, n_layer=1, search="ivf", n_list=1, n_probe=1)
+    for tokens, rows in ((random_tokens(3, 90), torch.tensor([2, 0, 2, 1])), (random_tokens(1, 90), torch.tensor([0, 0]))):
+        _, state = model(tokens[:, :71])
+        assert state.layers[0][2].lists is not None
+        torch.save(state, tmp_path / "state.pt")
+        chosen = torch.load(tmp_path / "state.pt", weights_only=True).to("cpu").select(rows)
+        assert_close(model(tokens[rows, 71:], chosen)[0], model(tokens[rows])[0][:, 71:], rtol=0, atol=1e-9)
+        assert_close(model(tokens[:, 71:], deepcopy(state.detach()))[0], model(tokens)[0][:, 71:], rtol=0, atol=1e-9)
+
+
+def test_a_closed_branch_changes_nothing_until_it_is_trained():
+    z, u, y = (torch.randn(2, 21, 16) for _ in range(3))
+    branch = Retrieval(16, closed=True)
+    out = branch(z, u, y)[0]
+    assert torch.equal(out, y)
+    out.square().sum().backward()
+    assert branch.gate.grad != 0 and branch.output.weight.grad.abs().max() == 0
+    branch.gate.data.fill_(1.0)
+    open_ = Retrieval(16)
+    open_.load_state_dict(branch.state_dict(), strict=False)
+    assert torch.equal(branch(z, u, y)[0], open_(z, u, y)[0])
