@@ -204,8 +204,8 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     if b.ndim != 3 or shapes != [b.shape, b.shape, b.shape[::2]][:len(shapes)]:
         raise ValueError(f"a and b must have one shape (B, L, D), and h0 (B, D), got {shapes}")
     h0 = b.new_zeros(b.shape[::2]) if h0 is None else h0
-    _check(a, b, h0)
-    return scan_op(a.contiguous(), b.contiguous(), h0.contiguous())
+    _check(a, b)
+    return scan_op(a.contiguous(), b.contiguous(), h0.to(b.dtype).contiguous())
 
 
 # ------------------------------------------------------------------------------------- 3. the search: kernels
@@ -330,11 +330,12 @@ def search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -
         raise ValueError(f"q must be (B, L, S) and c (B, M, S), got {tuple(q.shape)} and {tuple(c.shape)}")
     if min(top_k, chunk_size) < 1 or offset < 0:
         raise ValueError(f"top_k and chunk_size must be at least 1, offset 0, got {top_k}, {chunk_size}, {offset}")
-    _check(q, c)
+    _check(q, c.to(q.dtype))
+    q, c = q.float(), c.float()
     if top_k > MAX_TOP_K or q.shape[2] > MAX_WIDTH:
         raise NotImplementedError(f"the search kernel takes top_k up to {MAX_TOP_K} and S up to {MAX_WIDTH}, "
                                   f"got {top_k} and {q.shape[2]}")
-    return search_op(q.float().contiguous(), c.float().contiguous(), top_k, chunk_size, offset)
+    return search_op(q.contiguous(), c.contiguous(), top_k, chunk_size, offset)
 
 
 # -------------------------------------------------------------------------------------- 5. attend: kernels
@@ -514,6 +515,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Ten
             or score.shape != index.shape or index.shape[:2] != q.shape[:2]:
         raise ValueError("q must be (B, L, H, E), k and v (B, M, U, H, E), score and index (B, L, K), got "
                          f"{[tuple(x.shape) for x in (q, k, v, score, index)]}")
+    k, v = k.to(q.dtype), v.to(q.dtype)
     _check(q, k, v)
     if math.prod(attend_sizes(k)[0][3:]) > MAX_SLAB:
         raise NotImplementedError(f"the attend kernel takes chunks of up to {MAX_SLAB} numbers, got {[*k.shape[2:]]}")

@@ -18,7 +18,7 @@ Letters, the same throughout (k, U and α are the paper's, the others ours):
     W  width of the convolution   N  states per channel (SelectiveSSM)   α  mixing coefficient, one per token
 
 Part I is the model, complete and slow, and needs nothing but torch. Part II puts fast twins in the place of its
-three loops. Not included: dropout, padding masks, mixed precision.
+three loops. Not included: dropout, padding masks.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Retrieval(nn.Module):
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
         alpha = self.gate * torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 where nothing was found
         self.opened = {"index": index, "score": score.detach(), "alpha": alpha.detach()}  # for inspect
-        return torch.lerp(y, self.output(r.flatten(2)), alpha), memory  # (1-α)·y + α·r
+        return torch.lerp(y, self.output(r.flatten(2)).to(y), alpha.to(y)), memory  # (1-α)·y + α·r
 
     def remember(self, z: Tensor, u: Tensor, past: Memory | None) -> Memory:
         """Append L tokens. Every U tokens make a chunk, by position: a text cut into calls gives the same chunks."""
@@ -479,6 +479,7 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     """The same as attend_naive for a block of queries at once."""
     if k.shape[1] == 0:
         return torch.zeros_like(q)
+    k, v = (x if x.dtype == q.dtype else x.to(q.dtype) for x in (k, v))  # autocast may have changed since they were made
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K); of -inf alone it would be NaN
     return _Attend.apply(q, k, v, log_p, index).masked_fill(nothing.unsqueeze(-1), 0)
@@ -778,14 +779,14 @@ def check_int(name: str, value: Any, least: int = 1) -> None:
 
 def check_shapes(spec: str, *tensors: Tensor | None) -> None:
     """spec: a letter for each size, as in "BLS BMS"; equal letters, equal sizes, of at least 1 but for M. All tensors
-    that are not None share one floating dtype and one device."""
+    that are not None are floating and on one device; their dtypes may differ, as under torch.autocast."""
     given = [(x, axes) for x, axes in zip(tensors, spec.split()) if x is not None]
     size = {axis: n for x, axes in given for axis, n in zip(axes, x.shape)}
     ok = all([*x.shape] == [size.get(axis) for axis in axes] for x, axes in given)
     check(ok and all(n or axis == "M" for axis, n in size.items()), f"shapes must be {spec}, a letter for each size of "
           f"at least 1, got {', '.join(str([*x.shape]) for x, _ in given)}")
-    kinds = {(x.dtype, x.device) for x, _ in given}
-    check(len(kinds) == 1 and given[0][0].is_floating_point(), f"one floating dtype and device, please, got {kinds}")
+    check(len({x.device for x, _ in given}) == 1 and all(x.is_floating_point() for x, _ in given),
+          f"tensors must be floating and on one device, got {[(x.dtype, x.device) for x, _ in given]}")
 
 
 def check_config(c: ResonaConfig) -> None:

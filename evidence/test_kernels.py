@@ -69,8 +69,7 @@ def test_kernels_refuse_what_does_not_fit_together():
         one_line(ValueError, lambda: kernels.scan(a, b, h), str(tuple(a.shape)), str(tuple(b.shape)))
     for q, c in ((x, x[:1]), (x, x[..., :2]), (x, h0)):
         one_line(ValueError, lambda: kernels.search(q, c, 1, 1), str(tuple(q.shape)), str(tuple(c.shape)))
-    for call in (lambda: kernels.scan(x, x.half()), lambda: kernels.search(x, x.half(), 1, 1)):
-        one_line(ValueError, call, "float32", "float16")
+    one_line(ValueError, lambda: kernels.scan(x, x.half()), "float32", "float16")
     for numbers in ((0, 1), (1, 0), (1, 1, -1)):
         one_line(ValueError, lambda: kernels.search(x, x, *numbers), *map(str, numbers))
 
