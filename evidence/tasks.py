@@ -51,7 +51,7 @@ class Ngram:
     """Find three letters in a string of 8 to 32 and say what followed them."""
 
     vocab_size, unit, lengths = 30, "letters", [32, 128, 512]
-    lr, steps, config, test_top_k = rates(1e-2, 3e-3, 3e-3), 500, {}, 16
+    lr, steps, config, test_top_k = rates(1e-2, 3e-3, 3e-3), 1500, {}, 16
 
     def batch(self, rng: Rng) -> Rows:
         return packed(rng, ngram_string, 8, 32)
