@@ -1,15 +1,13 @@
 """Train a recurrence, the same recurrence with retrieval, and a Transformer to copy strings; then compare them.
 
     python train_toy.py                                    # all three, in two minutes on two cores
-    python train_toy.py --task bilingual                   # a task that needs both, with retrieval alone, too
+    python train_toy.py --task bilingual                   # a task that needs the recurrence and retrieval
     python train_toy.py --resume                           # go on after Ctrl-C or a crash
     torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes, or GPUs
 
 Writes to --out: results.json; <model>.pt, which Resona.load reads (a Transformer's once this file is imported);
 <model>.train.pt, for --resume. On one CPU, with as many threads, the same flags give the same numbers, bit for bit.
 """
-
-from __future__ import annotations
 
 import argparse
 import io
@@ -22,20 +20,19 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from resona import BACKBONES, Resona, ResonaConfig, append
 
 # ------------------------------------------------------------------- what is common to all tasks and models
 MODELS = ("recurrence", "resona", "transformer")
-MORE = ("retrieval", "nope")                      # if asked for: no recurrence; a Transformer without positions
+RECURRENCES = (*BACKBONES,)                       # for the first two
 BATCH = 16                                        # rows a step
 WARMUP = 20                                       # steps of a rising learning rate; then it falls in a line to zero
 BETAS, DECAY, CLIP = (0.9, 0.99), 0.01, 1.0       # AdamW's; the longest gradient
@@ -44,7 +41,7 @@ START, SEPARATOR, END = 26, 27, 28                # $ | . in the drawings, after
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 Rng = np.random.Generator
-Rows = "tuple[np.ndarray, np.ndarray]"  # two of (rows, length): inputs and targets, or a row and its mask
+Rows = tuple[np.ndarray, np.ndarray]  # two of (rows, length): inputs and targets, or a row and its mask
 
 
 class UserError(Exception):
@@ -58,8 +55,8 @@ class Copying:
 
     vocab_size = 30
     unit, lengths = "letters", [32, 64, 128, 256, 512]  # of the strings in the tests
-    lr = {"recurrence": 2e-2, "resona": 3e-3, "retrieval": 3e-3, "transformer": 1e-2, "nope": 1e-2}  # best of a sweep
-    steps = 400           # by then all have levelled off at 32 letters, but the recurrence
+    lr = {"recurrence": 2e-2, "resona": 3e-3, "transformer": 1e-2}  # each model's best of a sweep
+    steps = 400                 # by then all have levelled off at 32 letters, but the recurrence
     config = {"chunk_size": 2}  # where it is not ResonaConfig's default: a finer search, for strings of 512 letters
 
     def batch(self, rng: Rng) -> Rows:
@@ -110,10 +107,9 @@ class Bilingual:
     """A task for both halves, trained on dictionaries of 4 to 16 entries. A state of fixed size keeps the language
     but not the dictionary; retrieval finds the word but not which of two signs, seen many times, came last."""
 
-    vocab_size = 66       # 32 words, 32 translations that both languages share, two signs
+    vocab_size = 66  # 32 words, 32 translations that both languages share, two signs
     unit, lengths = "entries", [16, 32]  # of the tests; "long": four times the questions, a sign four times as rare
-    models = ("recurrence", "retrieval", "resona", "transformer")
-    lr = {"recurrence": 2e-3, "resona": 6e-3, "retrieval": 3e-3, "transformer": 6e-3, "nope": 3e-3}
+    lr = {"recurrence": 2e-3, "resona": 6e-3, "transformer": 6e-3}
     steps, config = 800, {"chunk_size": 2}
 
     def batch(self, rng: Rng) -> Rows:
@@ -151,8 +147,8 @@ TASKS: dict[str, Callable[[], Any]] = {"copy": Copying, "bilingual": Bilingual}
 
 # ----------------------------------------------------------------------------- three models of equal size
 class CausalAttention(nn.Module):
-    """The Transformer: causal attention with rotary positions (arXiv 2104.09864), or without any (NoPE, 2305.19466):
-    then the short convolution alone tells it the order of tokens. Its state, every key and value, grows."""
+    """The Transformer: causal attention with rotary positions (arXiv 2104.09864) or without any, when it learns the
+    order of tokens from the short convolution alone (2305.19466). Its state, every key and value, grows."""
 
     def __init__(self, d_model: int, n_head: int = 4, rotary: bool = True):
         super().__init__()
@@ -181,43 +177,32 @@ def rotate(x: Tensor, past: int) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-class NoRecurrence(nn.Module):
-    """In the place of the recurrence: y = 0, and the branch asks with the short features alone."""
-
-    def __init__(self, d_model: int):
-        super().__init__()
-
-    def forward(self, u: Tensor, state: None = None) -> tuple[Tensor, None]:
-        return torch.zeros_like(u), None
-
-
-BACKBONES.update(transformer=CausalAttention, nope=partial(CausalAttention, rotary=False), retrieval=NoRecurrence)
+BACKBONES["transformer"] = CausalAttention
 
 
 def make_model(name: str, backbone: str, task: Any) -> Resona:
     """All have the same depth, the same width of short convolution and, within 1 %, the same number of parameters:
-    what Resona spends on retrieval (retrieval alone: on the recurrence) the others spend on d_model, and so on a
-    larger state. d_model grows while an MLP of 1.5 times its width still fits, then d_ff takes what is left."""
+    what Resona spends on retrieval the others spend on d_model, and so on a larger state."""
     resona = ResonaConfig(task.vocab_size, backbone=backbone, **task.config)
     if name == "resona":
         return Resona(resona)
-
-    def build(d_model: int, d_ff: int) -> Resona:
-        return Resona(replace(resona, d_model=d_model, d_ff=d_ff, retrieval=name == "retrieval" and resona.retrieval,
-                              backbone=backbone if name == "recurrence" else name))
-
-    with torch.device("meta"):  # shapes without memory, to count
-        target = count(Resona(resona))  # d_model is divisible by n_head, with an even quotient
-        d_model = max(D for D in range(64, 256, 8) if D == 64 or count(build(D, int(1.5 * D))) <= target)
-        per_unit = count(build(d_model, 2)) - count(build(d_model, 1))  # of d_ff
-    return build(d_model, 1 + round((target - count(build(d_model, 1))) / per_unit))
+    return resize(replace(resona, backbone=backbone if name == "recurrence" else name, retrieval=False), resona)
 
 
 def count(model: Resona) -> int:
-    """Parameters that matter: not the halves of weights that read the zeros of NoRecurrence."""
-    alone = [layer.retrieval for layer in model.layers if layer.retrieval and type(layer.backbone) is NoRecurrence]
-    zeros = [linear.weight.numel() // 2 for one in alone for linear in (one.search_query, one.query, one.alpha)]
-    return sum(p.numel() for p in model.parameters()) - sum(zeros)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def resize(config: ResonaConfig, like: ResonaConfig, count: Callable[[Resona], int] = count) -> Resona:
+    """A model as large as another: d_model grows while an MLP of 1.5 times its width fits, then d_ff takes the rest."""
+    def build(d_model: int, d_ff: int) -> Resona:
+        return Resona(replace(config, d_model=d_model, d_ff=d_ff))
+
+    with torch.device("meta"):  # shapes without memory, to count
+        size = count(Resona(like))  # d_model is divisible by n_head, with an even quotient
+        d_model = max(D for D in range(64, 256, 8) if D == 64 or count(build(D, int(1.5 * D))) <= size)
+        least, more = (count(build(d_model, d_ff)) for d_ff in (1, 2))
+    return build(d_model, 1 + round((size - least) / (more - least)))
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -227,16 +212,15 @@ def train(name: str, model: Resona, task: Any, args: argparse.Namespace) -> floa
     rng, path = np.random.default_rng([args.seed, 0]), args.out / f"{name}.train.pt"
     run = f"{args.task}, {task.steps} steps, lr {task.lr[name]}, seed {args.seed}, {WORLD} process(es), {model.config}"
     losses, seconds = restore(path, run, model, optimizer, rng) if args.resume and path.exists() else ([], 0.0)
-    shared = DistributedDataParallel(model) if WORLD > 1 else model
     start, done = time.perf_counter() - seconds, len(losses)
     bar = tqdm(range(done, task.steps), name, task.steps, initial=done, ncols=100, unit="step", disable=RANK > 0)
     for step in bar:
         lr = task.lr[name] * min((step + 1) / WARMUP, 1 - step / task.steps)
         inputs, targets = (torch.as_tensor(x, device=args.device) for x in task.batch(rng))
-        loss, accuracy = train_step(shared, optimizer, lr, inputs, targets)
+        loss, accuracy = train_step(model, optimizer, lr, inputs, targets)
         if math.isnan(loss):
-            last = f"; its last save is {path}" if path.exists() else ""
-            raise UserError(f"{name} diverged at step {step + 1}{last}; try a lower --lr")
+            saved = path if path.exists() else "none"
+            raise UserError(f"{name} diverged at step {step + 1}; try a lower --lr (last save: {saved})")
         losses.append(loss)
         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == task.steps:
@@ -251,20 +235,18 @@ def train(name: str, model: Resona, task: Any, args: argparse.Namespace) -> floa
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, inputs: Tensor,
                targets: Tensor) -> tuple[float, float]:
     """One update -> loss and accuracy before it, over the scored tokens; no update, and NaN, if it is not finite.
-    Of several processes each takes its rows of the batch. Their gradients are averaged, hence loss * WORLD."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    Of several processes each takes its rows of the batch; what they find is added up."""
+    optimizer.param_groups[0]["lr"] = lr
     scored = (targets != IGNORE).sum()  # in the whole batch
     inputs, targets = inputs[RANK::WORLD], targets[RANK::WORLD]
     logits, _ = model(inputs)  # (rows, length, vocab_size)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum") / scored
     optimizer.zero_grad()
-    (loss * WORLD).backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    loss.backward()
     shares = torch.stack([loss.detach(), (logits.argmax(-1) == targets).sum() / scored])
-    if WORLD > 1:
-        distributed.all_reduce(shares)
-    loss, accuracy = shares.tolist()
+    for part in [shares, *(p.grad for p in model.parameters() if p.grad is not None)] if WORLD > 1 else ():
+        distributed.all_reduce(part)
+    norm, (loss, accuracy) = nn.utils.clip_grad_norm_(model.parameters(), CLIP), shares.tolist()
     if not math.isfinite(loss + norm.item()):
         return math.nan, accuracy
     optimizer.step()
@@ -304,22 +286,21 @@ def restore(path: Path, run: str, model: Resona, optimizer: torch.optim.Optimize
 def evaluate(model: Resona, rows: Rows, device: str, top_k: int | None = None) -> dict[str, float]:
     """Token accuracy: share of the scored tokens that were the likeliest, when fed the true ones before them.
     Sequence accuracy: share of the rows with every scored token right."""
-    right = []
-    for x, y in zip(*(torch.as_tensor(v).split(max(1, 16384 // v.shape[1])) for v in rows)):
-        right.append(model(x.to(device), None, top_k)[0].argmax(-1).cpu() == y)
-    right, scored = torch.cat(right), torch.as_tensor(rows[1] != IGNORE)
+    parts = zip(*(torch.as_tensor(x, device=device).split(max(1, 16384 // x.shape[1])) for x in rows))
+    right = torch.cat([model(x, None, top_k)[0].argmax(-1) == y for x, y in parts]).cpu()
+    scored = torch.as_tensor(rows[1] != IGNORE)
     return {"token_accuracy": right[scored].float().mean().item(),
             "sequence_accuracy": (right | ~scored).all(1).float().mean().item()}
 
 
-def compare(args: argparse.Namespace, task: Any, models: tuple[str, ...]) -> None:
-    """Train and test the models; write results.json, print the table."""
+def compare(args: argparse.Namespace, task: Any) -> None:
+    """Train and test; write results.json, print the table."""
     report: dict = {"task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,
                     "train_seconds": {}, "parameters": {}, "results": {}}
     tests = {which: rows for length in sorted(task.lengths)
              for which, rows in task.test(np.random.default_rng([args.seed, 1, length]), length).items()}
     lines = ["", f"{'tokens right, by ' + task.unit:<40}" + "".join(f"{which:>10}" for which in tests)]
-    for name in models:
+    for name in MODELS if args.model == "all" else [args.model]:
         torch.manual_seed(args.seed)
         model = make_model(name, args.backbone, task).to(args.device)
         report["train_seconds"][name], report["parameters"][name] = train(name, model, task, args), count(model)
@@ -333,13 +314,12 @@ def compare(args: argparse.Namespace, task: Any, models: tuple[str, ...]) -> Non
 
 
 # -------------------------------------------------------------------------------------------- command line
-def make_parser(tasks: list[str]) -> argparse.ArgumentParser:
+def make_parser(tasks: Iterable[str] = TASKS, models: Iterable[str] = MODELS) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__.split("\n")[0])
-    add, recurrent = parser.add_argument, [name for name in BACKBONES if name not in (*MODELS, *MORE)]
-    add("--task", choices=tasks, default="copy", help="what to learn (default: copy)")
-    add("--model", choices=[*MODELS, *MORE, "all"], default="all",
-        help="retrieval: alone; nope: a Transformer without positions")
-    add("--backbone", choices=recurrent, default="gated", help="the recurrence (default: gated)")
+    add = parser.add_argument
+    add("--task", choices=[*tasks], default="copy", help="what to learn (default: copy)")
+    add("--model", choices=[*models, "all"], default="all", help="which to train (default: all)")
+    add("--backbone", choices=[*RECURRENCES], default="gated", help="the recurrence (default: gated)")
     add("--steps", type=int, help="of each model's training (default: the task's own)")
     add("--lr", type=float, help="peak learning rate (default: the task's own, for each model)")
     add("--seed", type=int, default=0, help="of weights and data (default: 0)")
@@ -371,11 +351,11 @@ def prepare(args: argparse.Namespace, task: Any) -> None:
 
 def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
-    args = make_parser([*TASKS]).parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         prepare(args, task := TASKS[args.task]())
         print(f"on {args.device}, {torch.get_num_threads()} threads, {WORLD} process(es), torch {torch.__version__}")
-        compare(args, task, getattr(task, "models", MODELS) if args.model == "all" else (args.model,))
+        compare(args, task)
         return 0
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)

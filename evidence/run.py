@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import train_toy
+from evidence.models import MODELS as ALL_MODELS, count, make_model
 from evidence.tasks import TASKS, check_lengths
 from resona import Resona, ResonaConfig, Retrieval
-from train_toy import IGNORE, MODELS, WORLD, Rows, UserError, count, make_model, prepare, train, write
+from train_toy import IGNORE, MODELS, WORLD, Rows, UserError, prepare, train, write
 
 SWEEP = (1e-3, 3e-3, 1e-2, 3e-2)  # learning rates of --sweep
 PIECE = 32768                     # tokens that evaluation feeds at a time; the state carries the rest
@@ -392,7 +393,7 @@ def ablate(args: argparse.Namespace, task: Any) -> None:
 
 # -------------------------------------------------------------------------------------------- command line
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = train_toy.make_parser([*TASKS, "all"])
+    parser = train_toy.make_parser([*TASKS, "all"], ALL_MODELS)
     parser.prog, parser.description = "evidence.run", __doc__.split("\n")[0]
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run N seeds, from --seed on (default: 1)")
     parser.add_argument("--data", type=Path, metavar="FILE", help="for --task text (default: Python's documentation)")

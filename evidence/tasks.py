@@ -416,8 +416,17 @@ class Text:
 
 
 # ------------------------------------------------------------------------------------------- all of them
+class Copying(train_toy.Copying):
+    lr = rates(2e-2, 3e-3, 1e-2)
+
+
+class Bilingual(train_toy.Bilingual):
+    models = ("recurrence", "retrieval", "resona", "transformer")
+    lr = {**train_toy.Bilingual.lr, "retrieval": 3e-3, "nope": 3e-3}
+
+
 TASKS: dict[str, Callable[..., Any]] = {
-    **train_toy.TASKS, "ngram": Ngram, "mqar": Mqar, "recall": Recall, "noisy": Noisy, "fuzzy": Fuzzy,
+    "copy": Copying, "bilingual": Bilingual, "ngram": Ngram, "mqar": Mqar, "recall": Recall, "noisy": Noisy, "fuzzy": Fuzzy,
     "selective": Selective, "memorize": Memorize, "compress": Compress, "needle": Needle, "phonebook": Phonebook, "text": Text}
 
 LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even ones

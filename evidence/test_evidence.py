@@ -11,9 +11,10 @@ import torch
 
 import train_toy
 from evidence import compare_search, cost, run, tasks
+from evidence.models import MODELS, NoRecurrence, count, make_model
 from evidence.tasks import TASKS
 from resona import BACKBONES, Resona, ResonaConfig
-from train_toy import BATCH, IGNORE, MODELS, MORE, UserError, make_model
+from train_toy import BATCH, IGNORE, UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz$|."
 
@@ -36,7 +37,7 @@ def test_rows_fit_the_task(name):
         assert inputs.shape == targets.shape and 0 <= inputs.min() and inputs.max() < task.vocab_size
         scored = targets[targets != IGNORE]
         assert len(scored) and 0 <= scored.min() and scored.max() < task.vocab_size
-    assert set(task.lr) == {*MODELS, *MORE} and tasks.LIMITS.keys() == TASKS.keys()
+    assert set(task.lr) == {*MODELS} and tasks.LIMITS.keys() == TASKS.keys()
 
 
 def test_bilingual_rows_are_as_drawn():
@@ -168,15 +169,15 @@ def test_text_is_held_out_by_topic_and_passages_come_twice(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["gated", "ssm"])
-@pytest.mark.parametrize("name", [name for name in TASKS if name not in train_toy.TASKS])
+@pytest.mark.parametrize("name", TASKS)
 def test_the_models_have_equal_parameters(name, backbone):
-    models = [make_model(model, backbone, TASKS[name]()) for model in [*MODELS, *MORE]]
-    counts = [train_toy.count(model) for model in models]
+    models = [make_model(model, backbone, TASKS[name]()) for model in MODELS]
+    counts = [count(model) for model in models]
     assert max(counts) <= 1.01 * min(counts)
     assert len({len(layer.conv.weight) for model in models for layer in model.layers}) == 1  # one width
     kinds = [type(layer.backbone) for model in models for layer in model.layers]
     assert kinds == [kind for kind in (BACKBONES[backbone], BACKBONES[backbone], train_toy.CausalAttention,
-                                       train_toy.NoRecurrence, train_toy.CausalAttention) for layer in range(2)]
+                                       NoRecurrence, train_toy.CausalAttention) for layer in range(2)]
 
 
 def test_retrieval_alone_does_not_read_what_is_not_counted():
@@ -189,7 +190,7 @@ def test_retrieval_alone_does_not_read_what_is_not_counted():
             y_half, u_half = linear.weight.grad.chunk(2, dim=-1)
             assert not y_half.any() and u_half.any()
             unread += y_half.numel()
-    assert train_toy.count(model) == sum(weight.numel() for weight in model.parameters()) - unread
+    assert count(model) == sum(weight.numel() for weight in model.parameters()) - unread
     first, state = model(tokens[:, :13])  # a state without the recurrence's
     rest, _ = model(tokens[:, 13:], state.detach())
     assert torch.allclose(torch.cat([first, rest], dim=1), logits, atol=1e-4)
@@ -212,7 +213,7 @@ SHORT = {"ngram": "7", "mqar": "4", "phonebook": "4", "text": "256", "selective"
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in train_toy.TASKS])
 def test_every_task_runs(name, tmp_path, capsys):
-    models = MODELS if name == "memorize" else ("resona",)
+    models = train_toy.MODELS if name == "memorize" else ("resona",)
     model = "all" if name == "memorize" else "resona"
     flags = ["--task", name, "--model", model, "--steps", "20", "--out", str(tmp_path)]
     assert run.main([*flags, "--lengths", SHORT.get(name, "32")]) == 0
@@ -391,7 +392,7 @@ def test_the_width_makes_all_models_larger():
     counts = {}
     for width in ([], ["--d-model", "104"]):
         task = run.check(run.parse(["--task", "bilingual", *width]))["bilingual"]
-        counts[len(width)] = [train_toy.count(make_model(name, "gated", task)) for name in (*MODELS, *MORE)]
+        counts[len(width)] = [count(make_model(name, "gated", task)) for name in MODELS]
         assert max(counts[len(width)]) <= 1.01 * min(counts[len(width)])
     assert min(counts[2]) > 2 * max(counts[0]) and TASKS["bilingual"].config == {"chunk_size": 2}
 
