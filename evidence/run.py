@@ -218,6 +218,7 @@ def sweep(args: argparse.Namespace, tasks: dict[str, Any], models: tuple[str, ..
     """Every learning rate for every model, on validation rows of the first length alone: that of training."""
     for name, task in tasks.items():
         task.lengths, results = task.lengths[:1], {}
+        task.held_out = getattr(task, "validation", None)  # text has bytes of its own for choices
         for rate, model in itertools.product(args.sweep, models):
             print(f"\n{name}: {model}, learning rate {rate:g}")
             task.lr = {model: rate}

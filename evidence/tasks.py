@@ -340,22 +340,23 @@ class Phonebook:
 TEXT_ROW = 512
 
 
-def read_text(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes to train on and held-out bytes: every tenth topic of the documentation that is in CPython, or the
-    last tenth of the user's file."""
+def read_text(path: Path | None) -> list[np.ndarray]:
+    """Bytes to train on, bytes on which everything is chosen, and bytes of the tests: of the documentation that is in
+    CPython every tenth topic is for tests, and every tenth for choices; of the user's file the last tenths."""
     if path is None:
         from pydoc_data.topics import topics
         names = sorted(topics)
-        held_out = "\n".join(topics[name] for name in names[::10]).encode()
-        train = "\n".join(topics[name] for name in names if name not in names[::10]).encode()
+        chosen, tested = names[5::10], names[::10]
+        parts = [[name for name in names if name not in chosen + tested], chosen, tested]
+        parts = ["\n".join(topics[name] for name in part).encode() for part in parts]
     else:
         data = read_file(path)
-        cut = len(data) * 9 // 10
-        train, held_out = data[:cut], data[cut:]
-        if len(held_out) <= TEXT_ROW:
+        tenth = len(data) // 10
+        parts = [data[:-2 * tenth], data[-2 * tenth:-tenth], data[-tenth:]]
+        if tenth <= TEXT_ROW:
             raise UserError(f"--data {path} has {len(data)} bytes, too few: its last tenth is held out and must "
                             f"be longer than a row, so at least {10 * (TEXT_ROW + 1)} are needed")
-    return tuple(np.frombuffer(part, np.uint8).astype(np.int64) for part in (train, held_out))
+    return [np.frombuffer(part, np.uint8).astype(np.int64) for part in parts]
 
 
 def read_file(path: Path) -> bytes:
@@ -393,9 +394,8 @@ class Text:
     config = {"d_conv": 8, "d_search": 16, "top_k": 8, "retrieval": [0]}
 
     def __init__(self, data: Path | None = None):
-        self.train, self.held_out = read_text(data)
-        # for --resume, to notice another text
-        self.fingerprint = hashlib.sha256(self.train.tobytes() + self.held_out.tobytes()).hexdigest()[:8]
+        self.train, self.validation, self.held_out = parts = read_text(data)
+        self.fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()[:8]  # for --resume, to notice another text
 
     def batch(self, rng: Rng) -> Rows:
         train = self.train
