@@ -162,7 +162,8 @@ def test_text_is_held_out_by_topic_and_passages_come_twice(tmp_path):
     train, *others = tasks.read_text(None)
     for held_out in others:
         assert 0.05 < len(held_out) / len(train) < 0.2
-        assert bytes(held_out[1000:1100].tolist()) not in bytes(train.tolist())
+        text, windows = bytes(train.tolist()), [bytes(held_out[i:i + 128].tolist()) for i in range(0, 30000, 300)]
+        assert sum(window in text for window in windows) < 25  # of 100: topics quote each other
     (tmp_path / "t.txt").write_bytes("é".encode() * 5000)
     assert [len(part) for part in tasks.read_text(tmp_path / "t.txt")] == [8000, 1000, 1000]
     row, scored = tasks.text_row(np.random.default_rng(0), np.arange(1000), 200, 40)
