@@ -114,7 +114,7 @@ class Layer(nn.Module):
         D = config.d_model
         self.norm = nn.RMSNorm(D)
         self.conv = ShortConv(D, config.d_conv)
-        self.backbone = (BACKBONES.get(config.backbone) or config.backbone)(D)
+        self.backbone = make_backbone(config)
         self.retrieval = BRANCHES[config.search](config) if retrieval else None
         self.norm_mlp = nn.RMSNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.d_ff), nn.SiLU(), nn.Linear(config.d_ff, D))
@@ -229,7 +229,7 @@ class ChunkEncoder(nn.Module):
         U, M = self.chunk_size, (u.shape[1] - 1) // self.chunk_size
         inside = u[:, :M * U].unflatten(1, (M, U))  # (B, M, U, D), u[j-1] for each token j of the chunk
         window = torch.cat([inside.flatten(2), u[:, U::U]], dim=-1)  # (B, M, (U + 1)·D), its last token too
-        return F.normalize(self.each(inside).sum(2) + self.order(window), dim=-1)
+        return F.normalize(self.each(inside.sum(2)) + self.order(window), dim=-1)
 
 
 # ---------------------------------------------------------------------- the three loops, as they are meant
@@ -302,7 +302,7 @@ class GatedRecurrence(nn.Module):
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, v, g = self.inputs(u).chunk(3, dim=-1)
         a = torch.sigmoid(a)
-        h = scan(a, (1 - a) * v, h0)  # (B, L, D)
+        h = scan(a, v - a * v, h0)  # (B, L, D)
         return self.output(h * F.silu(g)), h[:, -1].clone()
 
 
@@ -334,6 +334,7 @@ class SelectiveSSM(nn.Module):
 
 
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "ssm": SelectiveSSM}
+make_backbone = lambda config: (BACKBONES.get(config.backbone) or config.backbone)(config.d_model)
 BRANCHES = {"exact": lambda c: Retrieval(c.d_model, c.n_head, c.chunk_size, c.top_k, c.d_search)}
 scan, search, attend = scan_naive, search_naive, attend_naive  # Part II rebinds these seven names:
 append = lambda past, new: torch.cat([past, new], dim=1)  # fast versions, and real checks
@@ -345,9 +346,8 @@ check_config = check_call = check_generate = check_shapes = lambda *_: None
 # 1 scan, 2 search, 3 attend: as in Part I, which tests hold them equal to, in values and in gradients.
 # 4 an approximate search.   5 memory that grows.   6 the switch.   7 for use: a look inside, files.   8 checks.
 
-from copy import deepcopy
 from dataclasses import asdict, fields
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 
 from torch.utils._pytree import tree_map_only
@@ -369,9 +369,11 @@ import kernels
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """The same as scan_naive, in about 3·√L operations."""
     check_shapes("BLD BLD BD", a, b, h0)
-    wide = torch.promote_types(b.dtype, torch.float32)
-    h0 = torch.zeros_like(b[:, 0]) if h0 is None else h0
-    return _Scan.apply(a.to(wide), b.to(wide), h0.to(wide)).to(b.dtype)
+    dtype, wide = b.dtype, torch.promote_types(b.dtype, torch.float32)
+    a, b, h0 = a.to(wide), b.to(wide), torch.zeros_like(b[:, 0], dtype=wide) if h0 is None else h0.to(wide)
+    if b.shape[1] == 1:  # decoding
+        return torch.addcmul(b, a, h0.unsqueeze(1)).to(dtype)
+    return _Scan.apply(a, b, h0).to(dtype)
 
 
 class _Scan(torch.autograd.Function):
@@ -380,8 +382,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, b, h0):
-        h = torch.empty_like(b)
-        _scan_grid(a, b, h0, h)
+        h = _grid(a, b, h0)
         ctx.save_for_backward(a, h, h0)
         return h
 
@@ -389,36 +390,31 @@ class _Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dh):
         a, h, h0 = ctx.saved_tensors
-        g, da = torch.empty_like(h), torch.empty_like(a)
-        g[:, -1] = dh[:, -1]
-        _scan_grid(a[:, 1:], dh[:, :-1], dh[:, -1], g[:, :-1], backwards=True)
-        torch.mul(g[:, 0], h0, out=da[:, 0])
-        torch.mul(g[:, 1:], h[:, :-1], out=da[:, 1:])
-        return da, g, a[:, 0] * g[:, 0]
+        a_next = a.roll(-1, dims=1)  # a[t+1]; that of the last step meets the zero from which the scan starts
+        g = _grid(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
+        return g * torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1), g, a[:, 0] * g[:, 0]
 
 
-def _scan_grid(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, backwards: bool = False) -> None:
-    """Write the scan of a, b: (B, L, D) from h0 into out, by the grid; backwards: from the last step to the first."""
-    L, order = b.shape[1], -1 if backwards else 1
-    if L == 0:
-        return
+def _grid(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    """The scan of a, b: (B, L, D) from h0, as drawn."""
+    h, L = torch.empty_like(b), b.shape[1]
     n = math.isqrt(L)  # blocks
-    left = L - L // n * n  # steps left over, at the end of the walk
-    grid, rest = (slice(left, L), slice(0, left)) if backwards else (slice(0, L - left), slice(L - left, L))
-    a_steps, b_steps, out_steps = (x[:, grid].unflatten(1, (n, -1)).unbind(2)[::order] for x in (a, b, out))
+    whole = L - L % n
+    a_steps, b_steps, h_steps = (x[:, :whole].unflatten(1, (n, -1)).unbind(2) for x in (a, b, h))
     end = torch.zeros_like(b_steps[0])  # (B, n, D), where each block ends if it starts at zero
     product = torch.ones_like(end)  # of its a
     for a_t, b_t in zip(a_steps, b_steps):
         torch.addcmul(b_t, a_t, end, out=end)
         product.mul_(a_t)
-    start, h = torch.empty_like(end), h0
-    for a_m, b_m, start_m in zip(*(x.unbind(1)[::order] for x in (product, end, start))):
-        start_m.copy_(h)
-        h = torch.addcmul(b_m, a_m, h)
-    for a_t, b_t, out_t in zip(a_steps, b_steps, out_steps):
-        start = torch.addcmul(b_t, a_t, start, out=out_t)
-    for a_t, b_t, out_t in zip(*(x[:, rest].unbind(1)[::order] for x in (a, b, out))):
-        h = torch.addcmul(b_t, a_t, h, out=out_t)
+    start, real = torch.empty_like(end), h0
+    for m in range(n):
+        start[:, m] = real
+        real = torch.addcmul(end[:, m], product[:, m], real)
+    for a_t, b_t, h_t in zip(a_steps, b_steps, h_steps):
+        start = torch.addcmul(b_t, a_t, start, out=h_t)
+    for t in range(whole, L):
+        torch.addcmul(b[:, t], a[:, t], h[:, t - 1], out=h[:, t])
+    return h
 
 
 # 2. The search. A block of queries is multiplied with every chunk that its last query may see, in one product. Which
@@ -428,13 +424,12 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
     """The same as search_naive for a block of queries at once, with some four million scores at a time."""
     check_shapes("BLS BMS", q, c)
     wide = torch.promote_types(q.dtype, torch.float32)
-    q, c = q.to(wide), c.to(wide)
-    (B, L, _), M = q.shape, c.shape[1]
+    q, c, (B, L, _), M = q.to(wide), c.to(wide), q.shape, c.shape[1]
     block = max(1, min(256, 2**22 // max(1, B * M)))
     with torch.no_grad():
         blocks = range(0, L, block)[::-1]  # the widest first: what it frees has room for the next
         found = [_best_chunks(q[:, t:t + block], c, top_k, chunk_size, offset + t) for t in blocks]
-        score, index = (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
+        score, index = found[0] if len(found) == 1 else (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
     return score_of(q, c, index) if torch.is_grad_enabled() and M else score, index
 
 
@@ -443,93 +438,109 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
     L, M = q.shape[1], c.shape[1]
     all_see, some_see = min(M, offset // chunk_size), min(M, (offset + L - 1) // chunk_size)  # chunks
     score = q @ c[:, :some_see].mT  # (B, L, some_see)
-    if all_see < some_see:
+    if some_see < top_k:
+        score = F.pad(score, (0, top_k - some_see), value=-math.inf)
+    if all_see < score.shape[-1]:
         ended = torch.arange(offset, offset + L, device=q.device) // chunk_size  # chunks that each query may see
-        hidden = torch.arange(all_see, some_see, device=q.device) >= ended.unsqueeze(1)
+        hidden = torch.arange(all_see, score.shape[-1], device=q.device) >= ended.unsqueeze(1)
         score[..., all_see:].masked_fill_(hidden, -math.inf)
-    score, index = score.topk(min(top_k, some_see))
-    if all_see < top_k:
-        missing = (0, top_k - index.shape[-1])
-        score, index = F.pad(score, missing, value=-math.inf), F.pad(index, missing, value=-1)
-        index = index.masked_fill(score == -math.inf, -1)
-    return score, index
+    score, index = best_of(score, top_k)
+    return score, index.masked_fill_(score == -math.inf, -1)
+
+
+def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """score.topk(k) of score: (..., M), several times as fast, for sorting would cost more than the product. If M is
+    large: the best k stand in the k groups of 16 with the best maxima, or among the last few, which make no group."""
+    M, n = score.shape[-1], score.shape[-1] // 16  # groups; each holds every n-th score
+    if M <= 256 * k:
+        few = (0, 64 * k - M if 128 < M < 64 * k else 0)  # topk has a slow way for a little more than a few columns
+        score, index = F.pad(score, few, value=-math.inf).topk(k)
+        return score, index.clamp(max=M - 1)
+    groups = best_of(score[..., :16 * n].unflatten(-1, (16, n)).amax(-2), k)[1]  # (..., k)
+    last = torch.arange(16 * n, M, device=score.device).expand(*groups.shape[:-1], -1)
+    groups = groups.unsqueeze(-1) + torch.arange(0, 16 * n, n, device=score.device)  # (..., k, 16), their members
+    index = torch.cat([groups.flatten(-2), last], dim=-1)
+    score, at = best_of(score.gather(-1, index), k)
+    return score, index.gather(-1, at)
 
 
 def score_of(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
     """q: (B, L, S), c: (B, M, S), M >= 1, index: (B, L, K) -> q[t]·c[index[t, i]], -inf where the index is -1."""
-    table, rows = _table(c, index)
-    score = F.embedding(rows, table) @ q.flatten(0, 1).unsqueeze(2)  # (B·L, K, 1)
+    rows, c = _tables(index, c)
+    score = (F.embedding(rows, c) * q.flatten(0, 1).unsqueeze(1)).sum(2)  # (B·L, K)
     return score.view(index.shape).masked_fill(index < 0, -math.inf)
 
 
-def _table(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """x: (B, M, ...), index: (B, L, K) -> the chunks of all rows of the batch in one table, (B·M, width), and where in
-    it the chosen stand: (B·L, K), anywhere for an empty slot."""
-    x = getattr(x, "buffer", x)  # all of a memory that grows (5.), for its used part would have to be copied
-    first = x.shape[1] * torch.arange(len(x), device=x.device).view(-1, 1, 1)
-    return x.flatten(0, 1).flatten(1), (index.clamp(min=0) + first).flatten(0, 1)
+def _tables(index: Tensor, *chunks: Tensor) -> list[Tensor]:
+    """index: (B, L, K), chunks: (B, M, ...) each -> the rows where the chosen stand, (B·L, K), anywhere for an empty
+    slot, in tables of the chunks of all rows of the batch: (B·M, width)."""
+    if all(hasattr(x, "buffer") for x in chunks):  # a memory that grows (5.): its used part would have to be copied
+        chunks = [x.buffer for x in chunks]
+    B, M, rows = len(index), chunks[0].shape[1], index.clamp(min=0)
+    if B > 1:
+        rows = rows + M * torch.arange(B, device=rows.device).view(-1, 1, 1)
+    return [x.flatten(0, 1) for x in (rows, *(x.flatten(2) for x in chunks))]
 
 
 # 3. Attend. Keys and values of the chosen chunks are gathered for a block of queries at a time. All heads take part
 #    in one matrix product: a query becomes a matrix with a row for each head, zero outside the head's own E columns.
 #    That multiplies H times too much, but moves nothing. Autograd would keep what is gathered for the backward pass;
-#    here it is gathered again, and gradients are added into one table.
+#    here only the weights are kept, it is gathered again, and gradients are added into one table.
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """The same as attend_naive for a block of queries at once."""
     if k.shape[1] == 0:
         return torch.zeros_like(q)
-    k, v = (x if x.dtype == q.dtype else x.to(q.dtype) for x in (k, v))  # autocast may have changed since they were made
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K); of -inf alone it would be NaN
-    return _Attend.apply(q, k, v, log_p, index).masked_fill(nothing.unsqueeze(-1), 0)
+    rows, k, v = _tables(index, k, v)
+    q_scaled = (q / math.sqrt(q.shape[3])).flatten(0, 1)  # (B·L, H, E)
+    r = _Attend.apply(q_scaled, k.to(q.dtype), v.to(q.dtype), log_p.flatten(0, 1), rows)
+    return r.view(q.shape).masked_fill(nothing.unsqueeze(-1), 0)
 
 
 class _Attend(torch.autograd.Function):
     """With w the weights and r = Σ_j w_j v_j:   dv_j = w_j·dr,   d(logit)_j = w_j·(dr·v_j - dr·r),   and from it
-    dq = Σ_j d(logit)_j·k_j / √E,   dk_j = d(logit)_j·q / √E,   d(log p) of a chunk = Σ over its tokens and heads."""
+    dq = Σ_j d(logit)_j·k_j,   dk_j = d(logit)_j·q,   d(log p) of a chunk = Σ over its tokens and heads."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_p, index):
-        ctx.save_for_backward(q, k, v, log_p, index)
-        r = torch.empty_like(q)
-        for t, _, _, _, values, w in _attend_blocks(q, k, v, log_p, index):
-            r.flatten(0, 1)[t] = _own(w @ values)
+    def forward(ctx, q, k, v, log_p, rows):
+        r, weights = torch.empty_like(q), []
+        for t, keys, values in _opened(q, k, v, rows):
+            logit = (_spread(q[t]) @ keys.mT).unflatten(2, (rows.shape[1], -1)) + log_p[t, None, :, None]  # (n, H, K, U)
+            weights.append(logit.flatten(2).softmax(2))  # (n, H, J)
+            r[t] = _own(weights[-1] @ values)
+        ctx.save_for_backward(q, k, v, rows, *weights)
         return r
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dr):
-        q, k, v, log_p, index = (x.contiguous() for x in ctx.saved_tensors)
-        K, dr, dq, dlog_p = index.shape[2], dr.flatten(0, 1), torch.empty_like(q), torch.empty_like(log_p)
-        dk, dv = (x.new_zeros(x.shape).flatten(0, 1).flatten(1) for x in (k, v))
-        for t, rows, queries, keys, values, w in _attend_blocks(q, k, v, log_p, index):
+        q, k, v, rows, *weights = ctx.saved_tensors
+        dq, dk, dv, dlog_p = *map(torch.zeros_like, (q, k, v)), q.new_empty(rows.shape)
+        for w, (t, keys, values) in zip(weights, _opened(q, k, v, rows)):
             douts = _spread(dr[t])
             dw = douts @ values.mT  # (n, H, J)
             dlogit = w * (dw - (w * dw).sum(2, keepdim=True))
-            dq.flatten(0, 1)[t] = _own(dlogit @ keys) / math.sqrt(q.shape[3])
-            dlog_p.flatten(0, 1)[t] = dlogit.sum(1).unflatten(1, (K, -1)).sum(2)
-            for total, part in ((dk, dlogit.mT @ queries), (dv, w.mT @ douts)):  # (n, J, D)
-                total.index_add_(0, rows, part.view(-1, total.shape[1]))
-        return dq, dk.view(k.shape), dv.view(v.shape), dlog_p, None
+            dq[t] = _own(dlogit @ keys)
+            dlog_p[t] = dlogit.sum(1).unflatten(1, (rows.shape[1], -1)).sum(2)
+            for total, part in ((dk, dlogit.mT @ _spread(q[t])), (dv, w.mT @ douts)):  # (n, J, H·E)
+                total.index_add_(0, rows[t].flatten(), part.view(-1, total.shape[1]))
+        return dq, dk, dv, dlog_p, None
 
 
-def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, log_p: Tensor, index: Tensor) -> Iterator[tuple]:
-    """n of all queries at a time: which (a slice); the rows of the table that they gather (n·K); the queries, spread
-    and scaled (n, H, D); keys and values of the J = K·U tokens of each (n, J, D); the weights (n, H, J)."""
-    (H, E), U, q, log_p = q.shape[2:], k.shape[2], q.flatten(0, 1), log_p.flatten(0, 1)
-    (k, rows), (v, _) = _table(k, index), _table(v, index)
+def _opened(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """n of the queries (a slice), with keys and values of the J = K·U tokens that each of them opened: (n, J, H·E)."""
     n = max(1, 2**18 // (rows.shape[1] * k.shape[1]))  # so that what is gathered stays in the processor's cache
     for t in (slice(start, start + n) for start in range(0, len(q), n)):
-        keys, values = (F.embedding(rows[t], x).view(-1, rows.shape[1] * U, H * E) for x in (k, v))
-        queries = _spread(q[t] / math.sqrt(E))
-        logit = queries @ keys.mT + log_p[t].unsqueeze(2).expand(-1, -1, U).flatten(1).unsqueeze(1)
-        yield t, rows[t].flatten(), queries, keys, values, logit.softmax(2)
+        yield t, *(F.embedding(rows[t], x).view(len(rows[t]), -1, q[0].numel()) for x in (k, v))
 
 
 def _spread(x: Tensor) -> Tensor:
     """(n, H, E) -> (n, H, H·E): a row for each head, zero where the columns are another head's."""
-    return (x.unsqueeze(2) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device).unsqueeze(2)).flatten(2)
+    out = x.new_zeros(*x.shape[:2], *x.shape[1:])  # (n, H, H, E)
+    out.diagonal(dim1=1, dim2=2).copy_(x.mT)
+    return out.flatten(2)
 
 
 def _own(x: Tensor) -> Tensor:
@@ -559,19 +570,17 @@ class Lists(NamedTuple):
 
 def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists | None:
     """The lists of chunk keys c: (B, M, S), None while these are fewer than SAMPLE·n_list; known: of the first M."""
-    c = c.detach().float()
+    c, n = c.detach().float(), SAMPLE * n_list
     if known is None:
-        if c.shape[1] < SAMPLE * n_list:
+        if c.shape[1] < n:
             return None
-        sample = c[:, :SAMPLE * n_list]
-        centroids = sample[:, ::SAMPLE]
+        centroids = c[:, :n:SAMPLE]
         for _ in range(8):  # rounds of k-means on the sphere
-            member = F.one_hot(_nearest(sample, centroids)[1][..., 0], n_list).to(c.dtype)
-            centroids = F.normalize(member.mT @ sample, dim=-1)
-        ranked = _nearest(sample, centroids)[0].sort(dim=1).values  # (B, SAMPLE·n_list, 1)
-        unassigned = torch.empty(len(c), 0, dtype=torch.int64, device=c.device)
-        known = Lists(centroids, ranked[:, sample.shape[1] // OUTLIERS], unassigned)
-    similarity, member = (x.squeeze(-1) for x in _nearest(c[:, known.member.shape[1]:], known.centroids))
+            member = F.one_hot(_nearest(c[:, :n], centroids)[1].squeeze(2), n_list).to(c.dtype)
+            centroids = F.normalize(member.mT @ c[:, :n], dim=-1)
+        ranked = _nearest(c[:, :n], centroids)[0].sort(dim=1).values  # (B, n, 1)
+        known = Lists(centroids, ranked[:, n // OUTLIERS], c.new_empty(len(c), 0, dtype=torch.int64))
+    similarity, member = (x.squeeze(2) for x in _nearest(c[:, known.member.shape[1]:], known.centroids))
     member = member.masked_fill(similarity < known.threshold, n_list)
     return known._replace(member=torch.cat([known.member, member], dim=1))
 
@@ -587,39 +596,40 @@ def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, l
                n_probe: int) -> tuple[Tensor, Tensor]:
     """search_naive among the chunks of the n_probe lists whose centroids are most similar, and the outliers."""
     check_shapes("BLS BMS", q, c)
-    wide, n_list = torch.promote_types(q.dtype, torch.float32), lists.centroids.shape[1]
+    wide, (L, n_list) = torch.promote_types(q.dtype, torch.float32), (q.shape[1], lists.centroids.shape[1])
     q, c = q.to(wide), c.to(wide)
-    early = min(q.shape[1], max(0, SAMPLE * n_list * chunk_size - offset))  # queries that see too few chunks for lists
+    early = min(L, max(0, SAMPLE * n_list * chunk_size - offset))  # queries that see too few chunks for lists
     with torch.no_grad():
         index = torch.full((*q.shape[:2], top_k), -1, device=q.device)
         if early:
             index[:, :early] = search_parallel(q[:, :early], c[:, :SAMPLE * n_list], top_k, chunk_size, offset)[1]
-        if early < q.shape[1]:
+        if early < L:
+            ended = torch.arange(offset + early, offset + L, device=q.device) // chunk_size  # chunks they may see
             probed = F.pad(_nearest(q[:, early:], lists.centroids, min(n_probe, n_list))[1], (0, 1), value=n_list)
-            for row in range(len(q)):
-                index[row, early:] = _probe(
-                    q[row, early:], c[row], top_k, chunk_size, offset + early, probed[row], lists.member[row])
+            for row, member in enumerate(lists.member):
+                index[row, early:] = _probe(q[row, early:], c[row], top_k, ended, probed[row], member)
     return score_of(q, c, index), index
 
 
-def _probe(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, probed: Tensor, member: Tensor) -> Tensor:
+def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, member: Tensor) -> Tensor:
     """q: (L, S), c: (M, S), probed: (L, P) lists -> index: (L, top_k), list by list: all queries that probe a list meet
     its chunks in one matrix product. Each pair of a query and a list keeps its best, the query the best of these."""
-    (L, P), n_list = probed.shape, int(probed.max())
-    value = q.new_full((L * P, top_k), -math.inf)  # a row for each pair
-    index = torch.full(value.shape, -1, device=q.device)
+    (L, P), n = probed.shape, 1 + int(probed.max())  # lists
+    score = q.new_full((L * P, top_k), -math.inf)  # a row for each pair
+    index = torch.full(score.shape, -1, device=q.device)
     if L == 1:  # its lists as one
-        wanted = torch.zeros(n_list + 1, dtype=torch.bool, device=q.device).index_fill_(0, probed[0], True)
+        wanted = torch.zeros(n, dtype=torch.bool, device=q.device).index_fill_(0, probed[0], True)
         lists = [(torch.zeros_like(probed[0, :1]), wanted[member].nonzero().squeeze(1))]
     else:
-        lists = zip(*(x.argsort(stable=True).split(x.bincount(minlength=n_list + 1).tolist())
-                      for x in (probed.flatten(), member)))
+        lists = zip(*(x.argsort(stable=True).split(x.bincount(minlength=n).tolist()) for x in (probed.flatten(), member)))
     for pairs, chunk in lists:
+        late = int((chunk < ended[0]).sum())  # from here on some may not see it
         for pair in pairs.split(max(1, 2**22 // len(chunk))) if len(pairs) and len(chunk) else ():
-            hidden = (chunk + 1) * chunk_size > (offset + pair // P).unsqueeze(1)
-            best, at = (q[pair // P] @ c[chunk].mT).masked_fill_(hidden, -math.inf).topk(min(top_k, len(chunk)))
-            value[pair, :best.shape[1]], index[pair, :best.shape[1]] = best, chunk[at]
-    best, at = value.view(L, -1).topk(top_k)
+            one = q[pair // P] @ c[chunk].mT  # (pairs, chunks)
+            one[:, late:].masked_fill_(chunk[late:] >= ended[pair // P].unsqueeze(1), -math.inf)
+            one, at = best_of(one, min(top_k, len(chunk)))
+            score[pair, :one.shape[1]], index[pair, :one.shape[1]] = one, chunk[at]
+    best, at = best_of(score.view(L, -1), top_k)
     return index.view(L, -1).gather(1, at).masked_fill_(best == -math.inf, -1)
 
 
@@ -668,13 +678,13 @@ def append(past: Tensor, new: Tensor) -> Tensor:
 IMPLEMENTATION = "auto"  # or "naive", "parallel", "triton"
 
 
-def _switch(naive: Callable, parallel: Callable, kernel: Callable | None = None) -> Callable:
+def _switch(naive: Callable, parallel: Callable, kernel: Callable) -> Callable:
     """A function that runs the version IMPLEMENTATION asks for."""
     @wraps(naive)
     def run(x: Tensor, *args, **options):
         check(IMPLEMENTATION in ("auto", "naive", "parallel", "triton"), f"no IMPLEMENTATION {IMPLEMENTATION!r}")
-        if kernel and (IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and x.is_cuda
-                       and kernels.trusted(kernel, parallel, x.dtype, x.device)):
+        if IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and x.is_cuda and kernels.trusted(
+                kernel, parallel, x.dtype, x.device):
             try:
                 return kernel(x, *args, **options)
             except NotImplementedError:  # the kernel's word that it cannot take this size
@@ -728,42 +738,20 @@ def change(self: State, function: Callable[[Tensor], Tensor]) -> State:
 
 def select(self: State, rows: Tensor) -> State:
     """Rows of the batch, int64, in any order and also repeated: for beam search, or several samples of one prompt."""
-    make = BACKBONES.get(self.config.backbone) or self.config.backbone
+    def chosen(part: Any, dim: int = 0) -> Any:
+        return tree_map_only(Tensor, lambda x: x.index_select(dim, rows.to(x.device)), part)
+
     with torch.device("meta"):  # nn.RNNBase has the batch in the second dimension of its states, all others in the first
-        dim = int(isinstance(make(self.config.d_model), nn.RNNBase))
-    return self._replace(layers=[tuple(
-        tree_map_only(Tensor, lambda x: x.index_select(d, rows.to(x.device)), part)
-        for part, d in zip(layer, (0, dim, 0))) for layer in self.layers])
+        module = make_backbone(self.config)
+    return self._replace(layers=[(chosen(conv), chosen(recurrent, int(isinstance(module, nn.RNNBase))), chosen(memory))
+                                 for conv, recurrent, memory in self.layers])
 
 
+Resona.inspect, Resona.save, Resona.load = inspect, save, classmethod(load)
 State.change, State.select = change, select
 State.detach = lambda self: self.change(Tensor.detach)  # to train on a long text piece by piece
 State.to = lambda self, device: self.change(lambda x: x.to(device))
 torch.serialization.add_safe_globals([State, ResonaConfig, Memory, Lists])
-
-
-def check_backbone(module: nn.Module, d_model: int) -> None:
-    """Raise ValueError, with one line, if a module cannot be a backbone. Call this first with one of your own."""
-    module, like = deepcopy(module).eval(), next(module.parameters(), torch.empty(0))
-    x = torch.randn(2, 6, d_model, dtype=like.dtype, device=like.device)
-    late, row = x.clone(), x.clone()
-    late[:, 4:], row[0] = 1, 1
-    out = module(x)
-    check(isinstance(out, tuple) and len(out) == 2 and out[1] is not None,
-          f"backbone must return an output and a state that is not None, got {type(out)}")
-    check(isinstance(out[0], Tensor) and out[0].shape == x.shape,
-          f"backbone's output must have the shape of its input, {[*x.shape]}, got {[*getattr(out[0], 'shape', [])]}")
-    with torch.no_grad():
-        same = partial(torch.allclose, rtol=1e-3, atol=1e-4)
-        check(same(module(row)[0][1], out[0][1]), "backbone mixes the rows of a batch: is its batch_first=True missing?")
-        check(same(module(late)[0][:, :4], out[0][:, :4]), "backbone looks ahead: an output depends on later tokens")
-        first, state = module(x[:, :3])
-        rest, again = (module(x[:, 3:], state)[0] for _ in range(2))
-        check(same(rest, again), "backbone changes the state that it is given; it must return a new one")
-        check(same(torch.cat([first, rest], 1), out[0]), "backbone breaks the state law: in two calls it gives another output")
-
-
-Resona.inspect, Resona.save, Resona.load = inspect, save, classmethod(load)
 
 
 # 8. Checks, where the public enters: one line that names what, which value, and what is allowed.
@@ -780,13 +768,14 @@ def check_int(name: str, value: Any, least: int = 1) -> None:
 def check_shapes(spec: str, *tensors: Tensor | None) -> None:
     """spec: a letter for each size, as in "BLS BMS"; equal letters, equal sizes, of at least 1 but for M. All tensors
     that are not None are floating and on one device; their dtypes may differ, as under torch.autocast."""
-    given = [(x, axes) for x, axes in zip(tensors, spec.split()) if x is not None]
-    size = {axis: n for x, axes in given for axis, n in zip(axes, x.shape)}
-    ok = all([*x.shape] == [size.get(axis) for axis in axes] for x, axes in given)
-    check(ok and all(n or axis == "M" for axis, n in size.items()), f"shapes must be {spec}, a letter for each size of "
-          f"at least 1, got {', '.join(str([*x.shape]) for x, _ in given)}")
-    check(len({x.device for x, _ in given}) == 1 and all(x.is_floating_point() for x, _ in given),
-          f"tensors must be floating and on one device, got {[(x.dtype, x.device) for x, _ in given]}")
+    size: dict[str, int] = {}
+    for x, axes in zip(tensors, spec.split()):
+        if x is not None and not (
+                x.ndim == len(axes) and x.is_floating_point() and x.device == tensors[0].device
+                and all(size.setdefault(axis, n) == n and (n or axis == "M") for axis, n in zip(axes, x.shape))):
+            got = ", ".join(f"{[*x.shape]} of {x.dtype} on {x.device}" for x in tensors if x is not None)
+            raise ValueError(f"shapes must be {spec}, a letter for each size of at least 1, floating, on one device, "
+                             f"got {got}")
 
 
 def check_config(c: ResonaConfig) -> None:
