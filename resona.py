@@ -115,7 +115,8 @@ class Layer(nn.Module):
         self.norm = nn.RMSNorm(D)
         self.conv = ShortConv(D, config.d_conv)
         self.backbone = make_backbone(config)
-        self.retrieval = BRANCHES[config.search](config) if retrieval else None
+        self.retrieval = Retrieval(D, config.n_head, config.chunk_size, config.top_k, config.d_search, n_probe=config.n_probe,
+                                   n_list=config.n_list if config.search == "ivf" else 0) if retrieval else None
         self.norm_mlp = nn.RMSNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.d_ff), nn.SiLU(), nn.Linear(config.d_ff, D))
 
@@ -160,12 +161,14 @@ class Retrieval(nn.Module):
     z: (B, L, D) normed layer input, u: (B, L, D) short features of it, y: (B, L, D) the backbone's output
     -> (1-α)·y + α·r, without a residual connection; memory: what it has read, to go on from. closed: α is multiplied
     by a learned gate that starts at zero, so that in a trained model the branch changes nothing, until it is trained.
+    n_list, n_probe: of an inverted file (Part II), if n_list is not 0.
     """
 
     def __init__(self, d_model: int, n_head: int = 4, chunk_size: int = 4, top_k: int = 4, d_search: int = 32,
-                 closed: bool = False):
+                 closed: bool = False, n_list: int = 0, n_probe: int = 40):
         super().__init__()
         self.n_head, self.chunk_size, self.top_k, D, S = n_head, chunk_size, top_k, d_model, d_search
+        self.n_list, self.n_probe = n_list, n_probe
         self.search_query = nn.Linear(2 * D, S, bias=False)
         self.search_key = ChunkEncoder(D, chunk_size, S)
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -197,7 +200,8 @@ class Retrieval(nn.Module):
         end = z.shape[1] // self.chunk_size * self.chunk_size  # tokens whose chunks are finished now
         if past is None or end:
             new = self.encode(u[:, :end + 1], z[:, :end])
-            past = Memory(*(new if past is None else map(append, past[:3], new)), u, z)
+            c, k, v = new if past is None else map(append, past[:3], new)
+            past = Memory(c, k, v, u, z, update_lists(c, self.n_list, past and past.lists) if self.n_list else None)
         return past._replace(u=u[:, end:].clone(), z=z[:, end:].clone())
 
     def encode(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,6 +212,8 @@ class Retrieval(nn.Module):
         return self.search_key(u), self.key(u[:, :-1]).reshape(chunks), self.value(z).reshape(chunks)
 
     def search(self, query: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
+        if memory.lists:
+            return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
         return search(query, memory.c, top_k, self.chunk_size, offset)
 
 
@@ -335,7 +341,6 @@ class SelectiveSSM(nn.Module):
 
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "ssm": SelectiveSSM}
 make_backbone = lambda config: (BACKBONES.get(config.backbone) or config.backbone)(config.d_model)
-BRANCHES = {"exact": lambda c: Retrieval(c.d_model, c.n_head, c.chunk_size, c.top_k, c.d_search)}
 scan, search, attend = scan_naive, search_naive, attend_naive  # Part II rebinds these seven names:
 append = lambda past, new: torch.cat([past, new], dim=1)  # fast versions, and real checks
 check_config = check_call = check_generate = check_shapes = lambda *_: None
@@ -346,6 +351,7 @@ check_config = check_call = check_generate = check_shapes = lambda *_: None
 # 1 scan, 2 search, 3 attend: as in Part I, which tests hold them equal to, in values and in gradients.
 # 4 an approximate search.   5 memory that grows.   6 the switch.   7 for use: a look inside, files.   8 checks.
 
+from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import wraps
 from pathlib import Path
@@ -370,10 +376,9 @@ def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """The same as scan_naive, in about 3·√L operations."""
     check_shapes("BLD BLD BD", a, b, h0)
     dtype, wide = b.dtype, torch.promote_types(b.dtype, torch.float32)
-    a, b, h0 = a.to(wide), b.to(wide), torch.zeros_like(b[:, 0], dtype=wide) if h0 is None else h0.to(wide)
-    if b.shape[1] == 1:  # decoding
-        return torch.addcmul(b, a, h0.unsqueeze(1)).to(dtype)
-    return _Scan.apply(a, b, h0).to(dtype)
+    a, b, h0 = (x.to(wide) for x in (a, b, torch.zeros_like(b[:, 0]) if h0 is None else h0))
+    h = _Scan.apply(a, b, h0) if b.shape[1] > 1 else torch.addcmul(b, a, h0.unsqueeze(1))  # a single step is itself
+    return h.to(dtype)
 
 
 class _Scan(torch.autograd.Function):
@@ -570,33 +575,31 @@ class Lists(NamedTuple):
 
 def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists | None:
     """The lists of chunk keys c: (B, M, S), None while these are fewer than SAMPLE·n_list; known: of the first M."""
-    c, n = c.detach().float(), SAMPLE * n_list
+    first = c[:, :SAMPLE * n_list]
+    if first.shape[1] < SAMPLE * n_list:
+        return None
     if known is None:
-        if c.shape[1] < n:
-            return None
-        centroids = c[:, :n:SAMPLE]
+        centroids = first[:, ::SAMPLE]
         for _ in range(8):  # rounds of k-means on the sphere
-            member = F.one_hot(_nearest(c[:, :n], centroids)[1].squeeze(2), n_list).to(c.dtype)
-            centroids = F.normalize(member.mT @ c[:, :n], dim=-1)
-        ranked = _nearest(c[:, :n], centroids)[0].sort(dim=1).values  # (B, n, 1)
-        known = Lists(centroids, ranked[:, n // OUTLIERS], c.new_empty(len(c), 0, dtype=torch.int64))
-    similarity, member = (x.squeeze(2) for x in _nearest(c[:, known.member.shape[1]:], known.centroids))
+            member = F.one_hot(_nearest(first, centroids, 1)[1].squeeze(2), n_list).to(c.dtype)
+            centroids = F.normalize(member.mT @ first, dim=-1).detach()
+        ranked = _nearest(first, centroids, 1)[0].sort(dim=1).values  # (B, SAMPLE·n_list, 1)
+        known = Lists(centroids, ranked[:, first.shape[1] // OUTLIERS], member.new_empty(len(c), 0, dtype=torch.int64))
+    similarity, member = (x.squeeze(2) for x in _nearest(c[:, known.member.shape[1]:], known.centroids, 1))
     member = member.masked_fill(similarity < known.threshold, n_list)
     return known._replace(member=torch.cat([known.member, member], dim=1))
 
 
-def _nearest(x: Tensor, centroids: Tensor, n: int = 1) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _nearest(x: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """x: (B, L, S), centroids: (B, n_list, S) -> similarity and number of the n most similar ones: (B, L, n)."""
-    blocks = x.float().split(max(1, 2**22 // centroids[..., 0].numel()), dim=1)  # small enough for RAM
-    best = [(block.double() @ centroids.double().mT).float().topk(n) for block in blocks]
-    return torch.cat([one.values for one in best], dim=1), torch.cat([one.indices for one in best], dim=1)
+    return (x.double() @ centroids.double().mT).float().topk(n)
 
 
 def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, lists: Lists,
                n_probe: int) -> tuple[Tensor, Tensor]:
     """search_naive among the chunks of the n_probe lists whose centroids are most similar, and the outliers."""
-    check_shapes("BLS BMS", q, c)
-    wide, (L, n_list) = torch.promote_types(q.dtype, torch.float32), (q.shape[1], lists.centroids.shape[1])
+    L, n_list, wide = q.shape[1], lists.centroids.shape[1], torch.promote_types(q.dtype, torch.float32)
     q, c = q.to(wide), c.to(wide)
     early = min(L, max(0, SAMPLE * n_list * chunk_size - offset))  # queries that see too few chunks for lists
     with torch.no_grad():
@@ -633,27 +636,6 @@ def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, memb
     return index.view(L, -1).gather(1, at).masked_fill_(best == -math.inf, -1)
 
 
-class RetrievalIVF(Retrieval):
-    """The branch with the approximate search."""
-
-    def __init__(self, *sizes, n_list: int = 512, n_probe: int = 40):
-        super().__init__(*sizes)
-        self.n_list, self.n_probe = n_list, n_probe
-
-    def remember(self, z: Tensor, u: Tensor, past: Memory | None) -> Memory:
-        memory = super().remember(z, u, past)
-        return memory._replace(lists=update_lists(memory.c, self.n_list, past and past.lists))
-
-    def search(self, query: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        if memory.lists is None:
-            return super().search(query, memory, top_k, offset)
-        return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
-
-
-BRANCHES["ivf"] = lambda c: RetrievalIVF(
-    c.d_model, c.n_head, c.chunk_size, c.top_k, c.d_search, n_list=c.n_list, n_probe=c.n_probe)
-
-
 # 5. Memory that grows. Reading token by token, torch.cat would copy all of a long text each time a chunk is finished.
 #    So rows stand at the start of a buffer twice as long, and new ones are written behind them: no state that was
 #    returned changes, as each sees only its own rows. Whoever goes on from a state a second time finds the room
@@ -683,13 +665,11 @@ def _switch(naive: Callable, parallel: Callable, kernel: Callable) -> Callable:
     @wraps(naive)
     def run(x: Tensor, *args, **options):
         check(IMPLEMENTATION in ("auto", "naive", "parallel", "triton"), f"no IMPLEMENTATION {IMPLEMENTATION!r}")
-        if IMPLEMENTATION == "triton" or IMPLEMENTATION == "auto" and x.is_cuda and kernels.trusted(
-                kernel, parallel, x.dtype, x.device):
-            try:
+        if IMPLEMENTATION == "triton":
+            return kernel(x, *args, **options)
+        if IMPLEMENTATION == "auto" and x.is_cuda and kernels.trusted(kernel, parallel, x.dtype, x.device):
+            with suppress(NotImplementedError):  # the kernel's word that it cannot take this size
                 return kernel(x, *args, **options)
-            except NotImplementedError:  # the kernel's word that it cannot take this size
-                if IMPLEMENTATION == "triton":
-                    raise
         return (naive if IMPLEMENTATION == "naive" else parallel)(x, *args, **options)
     return run
 
@@ -785,7 +765,7 @@ def check_config(c: ResonaConfig) -> None:
     check(c.d_model % c.n_head == 0, f"d_model must be divisible by n_head, got {c.d_model} and {c.n_head}")
     check(callable(c.backbone) or c.backbone in [*BACKBONES], f"backbone must be one of {', '.join(BACKBONES)}, "
           f"or a callable d_model -> nn.Module, got {c.backbone!r}")
-    check(c.search in [*BRANCHES], f"search must be one of {', '.join(BRANCHES)}, got {c.search!r}")
+    check(c.search in ("exact", "ivf"), f"search must be exact or ivf, got {c.search!r}")
     check(isinstance(c.retrieval, bool) or isinstance(c.retrieval, (list, tuple)) and all(
         type(layer) is int and 0 <= layer < c.n_layer for layer in c.retrieval),
         f"retrieval must be True, False or a list of layers in 0..{c.n_layer - 1}, got {c.retrieval!r}")
