@@ -17,8 +17,7 @@ Letters, the same throughout (k, U and α are the paper's, the others ours):
     D  model width                K  chunks that a token opens: its k    E  width of a head, D / H
     W  width of the convolution   N  states per channel (SelectiveSSM)   α  mixing coefficient, one per token
 
-Part I is the model, complete and slow, and needs nothing but torch. Part II puts fast twins in the place of its
-three loops. Not included: dropout, padding masks.
+Part I is the whole model, slow, and needs torch alone. Part II puts fast twins in the place of its three loops.
 """
 
 from __future__ import annotations
@@ -95,7 +94,8 @@ class Resona(nn.Module):
                  state: State | None = None, stop: int | None = None) -> Tensor:
         """tokens: (B, L), read once, after what state has read -> (B, L + max_new_tokens), tokens and what follows: the
         likeliest or draws from softmax(logits / temperature). Less, if every row has written the token stop by then."""
-        check_generate(max_new_tokens, temperature)
+        check_int("max_new_tokens", max_new_tokens, 0)
+        check(0 <= temperature < math.inf, f"temperature must be at least 0 and finite, got {temperature!r}")
         out, stopped = [tokens], False
         for _ in range(max_new_tokens):
             logits, state = self(out[-1], state, top_k, last=True)
@@ -115,8 +115,7 @@ class Layer(nn.Module):
         self.norm = nn.RMSNorm(D)
         self.conv = ShortConv(D, config.d_conv)
         self.backbone = make_backbone(config)
-        self.retrieval = Retrieval(D, config.n_head, config.chunk_size, config.top_k, config.d_search, n_probe=config.n_probe,
-                                   n_list=config.n_list if config.search == "ivf" else 0) if retrieval else None
+        self.retrieval = make_branch(config) if retrieval else None
         self.norm_mlp = nn.RMSNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.d_ff), nn.SiLU(), nn.Linear(config.d_ff, D))
 
@@ -212,9 +211,8 @@ class Retrieval(nn.Module):
         return self.search_key(u), self.key(u[:, :-1]).reshape(chunks), self.value(z).reshape(chunks)
 
     def search(self, query: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        if memory.lists:
-            return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
-        return search(query, memory.c, top_k, self.chunk_size, offset)
+        lists = (memory.lists, self.n_probe) if memory.lists else ()
+        return (search_ivf if lists else search)(query, memory.c, top_k, self.chunk_size, offset, *lists)
 
 
 class ChunkEncoder(nn.Module):
@@ -245,10 +243,9 @@ def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     a, b: (B, L, D), |a| <= 1, h0: (B, D) or zero -> h: (B, L, D) in the dtype of b, carried in float32 at least.
     """
     check_shapes("BLD BLD BD", a, b, h0)
-    wide, hs = torch.promote_types(b.dtype, torch.float32), []
-    h = torch.zeros_like(b[:, 0]) if h0 is None else h0
+    h, hs = wide(torch.zeros_like(b[:, 0]) if h0 is None else h0), []
     for t in range(b.shape[1]):
-        h = a[:, t].to(wide) * h.to(wide) + b[:, t].to(wide)
+        h = wide(a[:, t]) * h + wide(b[:, t])
         hs.append(h)
     return torch.stack(hs, dim=1).to(b.dtype)
 
@@ -261,13 +258,13 @@ def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int 
     position p may see chunk m if it ended before: (m + 1)·U <= p. Of equal chunks any may win.
     """
     check_shapes("BLS BMS", q, c)
-    (B, L, _), M, wide = q.shape, c.shape[1], torch.promote_types(q.dtype, torch.float32)
-    score = torch.full((B, L, top_k), -math.inf, dtype=wide, device=q.device)
+    q, c, (B, L, _), M = wide(q), wide(c), q.shape, c.shape[1]
+    score = q.new_full((B, L, top_k), -math.inf)
     index = torch.full((B, L, top_k), -1, device=q.device)
     for i in range(B):
         for t in range(L):
             visible = min(M, (offset + t) // chunk_size)
-            best, at = (c[i, :visible].to(wide) @ q[i, t].to(wide)).sort(descending=True, stable=True)
+            best, at = (c[i, :visible] @ q[i, t]).sort(descending=True, stable=True)
             score[i, t, :visible], index[i, t, :visible] = best[:top_k], at[:top_k]
     return score, index
 
@@ -340,16 +337,19 @@ class SelectiveSSM(nn.Module):
 
 
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "ssm": SelectiveSSM}
-make_backbone = lambda config: (BACKBONES.get(config.backbone) or config.backbone)(config.d_model)
-scan, search, attend = scan_naive, search_naive, attend_naive  # Part II rebinds these seven names:
+make_backbone = lambda c: (BACKBONES.get(c.backbone) or c.backbone)(c.d_model)
+make_branch = lambda c: Retrieval(c.d_model, c.n_head, c.chunk_size, c.top_k, c.d_search,
+                                  n_list=c.n_list if c.search == "ivf" else 0, n_probe=c.n_probe)
+wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # in float32 at least
+scan, search, attend = scan_naive, search_naive, attend_naive  # Part II rebinds what follows:
 append = lambda past, new: torch.cat([past, new], dim=1)  # fast versions, and real checks
-check_config = check_call = check_generate = check_shapes = lambda *_: None
+check = check_int = check_config = check_call = check_shapes = lambda *_: None
 # ============================================================================================= END OF PART I
 
 
 # ==================================================================================== PART II: THE SAME, FAST
-# 1 scan, 2 search, 3 attend: as in Part I, which tests hold them equal to, in values and in gradients.
-# 4 an approximate search.   5 memory that grows.   6 the switch.   7 for use: a look inside, files.   8 checks.
+# 1 scan, 2 search, 3 attend: tests hold them equal to those of Part I, in values and in gradients. 4 approximate search.
+# 5 memory that grows. 6 the switch. 7 for use: a look inside, files. 8 checks.
 
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -375,8 +375,7 @@ import kernels
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """The same as scan_naive, in about 3·√L operations."""
     check_shapes("BLD BLD BD", a, b, h0)
-    dtype, wide = b.dtype, torch.promote_types(b.dtype, torch.float32)
-    a, b, h0 = (x.to(wide) for x in (a, b, torch.zeros_like(b[:, 0]) if h0 is None else h0))
+    dtype, a, b, h0 = b.dtype, *map(wide, (a, b, torch.zeros_like(b[:, 0]) if h0 is None else h0))
     h = _Scan.apply(a, b, h0) if b.shape[1] > 1 else torch.addcmul(b, a, h0.unsqueeze(1))  # a single step is itself
     return h.to(dtype)
 
@@ -402,22 +401,20 @@ class _Scan(torch.autograd.Function):
 
 def _grid(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """The scan of a, b: (B, L, D) from h0, as drawn."""
-    h, L = torch.empty_like(b), b.shape[1]
-    n = math.isqrt(L)  # blocks
-    whole = L - L % n
-    a_steps, b_steps, h_steps = (x[:, :whole].unflatten(1, (n, -1)).unbind(2) for x in (a, b, h))
+    h, L, n = torch.empty_like(b), b.shape[1], math.isqrt(b.shape[1])  # n blocks
+    a_steps, b_steps, h_steps = (x[:, :L - L % n].unflatten(1, (n, -1)).unbind(2) for x in (a, b, h))
     end = torch.zeros_like(b_steps[0])  # (B, n, D), where each block ends if it starts at zero
     product = torch.ones_like(end)  # of its a
     for a_t, b_t in zip(a_steps, b_steps):
         torch.addcmul(b_t, a_t, end, out=end)
         product.mul_(a_t)
-    start, real = torch.empty_like(end), h0
-    for m in range(n):
-        start[:, m] = real
-        real = torch.addcmul(end[:, m], product[:, m], real)
+    starts = [h0]
+    for m in range(n - 1):
+        starts.append(torch.addcmul(end[:, m], product[:, m], starts[m]))
+    start = torch.stack(starts, dim=1)
     for a_t, b_t, h_t in zip(a_steps, b_steps, h_steps):
         start = torch.addcmul(b_t, a_t, start, out=h_t)
-    for t in range(whole, L):
+    for t in range(L - L % n, L):
         torch.addcmul(b[:, t], a[:, t], h[:, t - 1], out=h[:, t])
     return h
 
@@ -428,8 +425,7 @@ def _grid(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     """The same as search_naive for a block of queries at once, with some four million scores at a time."""
     check_shapes("BLS BMS", q, c)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, c, (B, L, _), M = q.to(wide), c.to(wide), q.shape, c.shape[1]
+    q, c, (B, L, _), M = wide(q), wide(c), q.shape, c.shape[1]
     block = max(1, min(256, 2**22 // max(1, B * M)))
     with torch.no_grad():
         blocks = range(0, L, block)[::-1]  # the widest first: what it frees has room for the next
@@ -454,18 +450,16 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
 
 
 def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """score.topk(k) of score: (..., M), several times as fast, for sorting would cost more than the product. If M is
-    large: the best k stand in the k groups of 16 with the best maxima, or among the last few, which make no group."""
-    M, n = score.shape[-1], score.shape[-1] // 16  # groups; each holds every n-th score
-    if M <= 256 * k:
-        few = (0, 64 * k - M if 128 < M < 64 * k else 0)  # topk has a slow way for a little more than a few columns
-        score, index = F.pad(score, few, value=-math.inf).topk(k)
-        return score, index.clamp(max=M - 1)
+    """score.topk(k) of score: (..., M), several times as fast where M is large, for topk would cost more than the product:
+    the best k stand in the k groups of 16 with the best maxima, or among the last few, which make no group."""
+    M, n = score.shape[-1], score.shape[-1] // 16  # n groups; each holds every n-th score
+    if M <= 32 * k:
+        return score.topk(k)
     groups = best_of(score[..., :16 * n].unflatten(-1, (16, n)).amax(-2), k)[1]  # (..., k)
     last = torch.arange(16 * n, M, device=score.device).expand(*groups.shape[:-1], -1)
     groups = groups.unsqueeze(-1) + torch.arange(0, 16 * n, n, device=score.device)  # (..., k, 16), their members
     index = torch.cat([groups.flatten(-2), last], dim=-1)
-    score, at = best_of(score.gather(-1, index), k)
+    score, at = score.gather(-1, index).topk(k)
     return score, index.gather(-1, at)
 
 
@@ -599,8 +593,7 @@ def _nearest(x: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, lists: Lists,
                n_probe: int) -> tuple[Tensor, Tensor]:
     """search_naive among the chunks of the n_probe lists whose centroids are most similar, and the outliers."""
-    L, n_list, wide = q.shape[1], lists.centroids.shape[1], torch.promote_types(q.dtype, torch.float32)
-    q, c = q.to(wide), c.to(wide)
+    q, c, L, n_list = wide(q), wide(c), q.shape[1], lists.centroids.shape[1]
     early = min(L, max(0, SAMPLE * n_list * chunk_size - offset))  # queries that see too few chunks for lists
     with torch.no_grad():
         index = torch.full((*q.shape[:2], top_k), -1, device=q.device)
@@ -691,23 +684,20 @@ def inspect(self: Resona, tokens: Tensor, top_k: int | None = None) -> list[dict
 
 def save(self: Resona, path: str | Path) -> None:
     """Write weights and config to one file."""
-    check(not callable(self.config.backbone), "a model with a callable backbone cannot be saved: give it a name, "
-          "BACKBONES['mine'] = ..., and use backbone='mine'")
+    check(not callable(self.config.backbone), "a callable backbone cannot be saved: give it a name, BACKBONES['mine'] = ...")
     torch.save({"config": asdict(self.config), "weights": self.state_dict()}, path)
 
 
 def load(cls: type, path: str | Path, device: str | torch.device = "cpu", **changes) -> Resona:
     """Read what save wrote, in the dtype it had; no code in the file is run. changes: fields of the config that shape
     no weight, as in load("model.pt", top_k=16, search="ivf"). Raises FileNotFoundError or ValueError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         model = cls(ResonaConfig(**{**data["config"], **changes}))
         model.load_state_dict(data["weights"], assign=True)
-    except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{path} cannot be read as a Resona: {why}") from error
+    except Exception as error:  # pickle, zip and torch have many
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{path} cannot be read as a Resona: {type(error).__name__}: {error}"[:400].replace("\n", " ")) from error
     return model.to(device)
 
 
@@ -718,13 +708,11 @@ def change(self: State, function: Callable[[Tensor], Tensor]) -> State:
 
 def select(self: State, rows: Tensor) -> State:
     """Rows of the batch, int64, in any order and also repeated: for beam search, or several samples of one prompt."""
-    def chosen(part: Any, dim: int = 0) -> Any:
-        return tree_map_only(Tensor, lambda x: x.index_select(dim, rows.to(x.device)), part)
-
     with torch.device("meta"):  # nn.RNNBase has the batch in the second dimension of its states, all others in the first
-        module = make_backbone(self.config)
-    return self._replace(layers=[(chosen(conv), chosen(recurrent, int(isinstance(module, nn.RNNBase))), chosen(memory))
-                                 for conv, recurrent, memory in self.layers])
+        dims = 0, int(isinstance(make_backbone(self.config), nn.RNNBase)), 0  # of convolution's, backbone's, memory
+    return self._replace(layers=[tuple(
+        tree_map_only(Tensor, lambda x: x.index_select(dim, rows.to(x.device)), part)
+        for part, dim in zip(layer, dims)) for layer in self.layers])
 
 
 Resona.inspect, Resona.save, Resona.load = inspect, save, classmethod(load)
@@ -772,14 +760,13 @@ def check_config(c: ResonaConfig) -> None:
 
 
 def check_call(model: Resona, tokens: Tensor, state: State | None, top_k: int | None) -> None:
-    good = isinstance(tokens, Tensor) and tokens.dtype == torch.int64 and tokens.ndim == 2 and tokens.numel() > 0
-    check(good, "tokens must be an int64 tensor of shape (B, L) with B >= 1 and L >= 1, got "
+    check(isinstance(tokens, Tensor) and tokens.dtype == torch.int64 and tokens.ndim == 2 and tokens.numel() > 0,
+          "tokens must be an int64 tensor of shape (B, L) with B >= 1 and L >= 1, got "
           f"{getattr(tokens, 'dtype', type(tokens))} of shape {[*getattr(tokens, 'shape', [])]}")
     if not torch.compiler.is_compiling():  # a branch on data would break the compiled graph
         (low, high), V = tokens.aminmax(), model.config.vocab_size
         check(low >= 0 and high < V, f"tokens must lie in 0..{V - 1}, got {low}..{high}")
-    if top_k is not None:
-        check_int("top_k", top_k)
+    check_int("top_k", 1 if top_k is None else top_k)
     if state is not None:
         check(isinstance(state, State), f"state must be what an earlier call returned, got {type(state)}")
         for name, theirs in vars(state.config).items():
@@ -788,8 +775,3 @@ def check_call(model: Resona, tokens: Tensor, state: State | None, top_k: int | 
         conv, weight = state.layers[0][0], model.embedding.weight  # (B, W - 1, D)
         theirs, ours = ((len(x), like.dtype, like.device) for x, like in ((conv, conv), (tokens, weight)))
         check(theirs == ours, f"state has batch size, dtype and device {theirs}, this call {ours}")
-
-
-def check_generate(max_new_tokens: int, temperature: float) -> None:
-    check_int("max_new_tokens", max_new_tokens, least=0)
-    check(0 <= temperature < math.inf, f"temperature must be at least 0 and finite, got {temperature!r}")
