@@ -79,8 +79,7 @@ class Resona(nn.Module):
                 last: bool = False) -> tuple[Tensor, State]:
         """tokens: (B, L) int64 -> logits (B, L, vocab_size) for the token after each, and the state after all.
         The state law: however a text is cut into calls, the logits are the same. model(tokens) equals model(tokens[:, :i])
-        followed by model(tokens[:, i:], state). top_k replaces config.top_k; last: the last logits alone, L = 1.
-        """
+        followed by model(tokens[:, i:], state). top_k replaces config.top_k; last: the last logits alone, L = 1."""
         check_call(self, tokens, state, top_k)
         x, layers = self.embedding(tokens), []  # (B, L, D)
         for i, layer in enumerate(self.layers):
@@ -158,9 +157,8 @@ class Memory(NamedTuple):
 class Retrieval(nn.Module):
     """The branch: output, memory = branch(z, u, y, memory=None), in four steps: remember, search, attend, mix.
     z: (B, L, D) normed layer input, u: (B, L, D) short features of it, y: (B, L, D) the backbone's output
-    -> (1-α)·y + α·r, without a residual connection; memory: what it has read, to go on from. closed: α is multiplied
-    by a learned gate that starts at zero, so that in a trained model the branch changes nothing, until it is trained.
-    n_list, n_probe: of an inverted file (Part II), if n_list is not 0.
+    -> (1-α)·y + α·r, without a residual connection; memory: what it has read, to go on from. closed: α is multiplied by
+    a learned gate that starts at zero, so a trained model is unchanged at first. n_list: lists, if any (Part II).
     """
 
     def __init__(self, d_model: int, n_head: int = 4, chunk_size: int = 4, top_k: int = 4, d_search: int = 32,
@@ -172,9 +170,7 @@ class Retrieval(nn.Module):
         self.search_key = ChunkEncoder(D, chunk_size, S)
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(10.0)))
         self.query = nn.Linear(2 * D, D, bias=False)
-        self.key = nn.Linear(D, D, bias=False)
-        self.value = nn.Linear(D, D, bias=False)
-        self.output = nn.Linear(D, D, bias=False)
+        self.key, self.value, self.output = (nn.Linear(D, D, bias=False) for _ in range(3))
         self.alpha = nn.Linear(2 * D, 1)
         self.gate = nn.Parameter(torch.zeros(())) if closed else 1.0
 
@@ -320,8 +316,7 @@ class SelectiveSSM(nn.Module):
         super().__init__()
         self.delta = nn.Linear(d_model, d_model)
         self.maps = nn.Linear(d_model, 2 * d_state, bias=False)
-        self.gate = nn.Linear(d_model, d_model, bias=False)
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.gate, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(2))
         self.log_minus_A = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(d_model, 1))  # (D, N)
         self.skip = nn.Parameter(torch.ones(d_model))
         with torch.no_grad():  # steps from 0.001 to 0.1, through the inverse of softplus
@@ -593,40 +588,36 @@ def _nearest(x: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, lists: Lists,
                n_probe: int) -> tuple[Tensor, Tensor]:
     """search_naive among the chunks of the n_probe lists whose centroids are most similar, and the outliers."""
-    q, c, L, n_list = wide(q), wide(c), q.shape[1], lists.centroids.shape[1]
-    early = min(L, max(0, SAMPLE * n_list * chunk_size - offset))  # queries that see too few chunks for lists
+    q, c, (B, L, _), n_list = wide(q), wide(c), q.shape, lists.centroids.shape[1]
     with torch.no_grad():
-        index = torch.full((*q.shape[:2], top_k), -1, device=q.device)
-        if early:
-            index[:, :early] = search_parallel(q[:, :early], c[:, :SAMPLE * n_list], top_k, chunk_size, offset)[1]
-        if early < L:
-            ended = torch.arange(offset + early, offset + L, device=q.device) // chunk_size  # chunks they may see
-            probed = F.pad(_nearest(q[:, early:], lists.centroids, min(n_probe, n_list))[1], (0, 1), value=n_list)
-            for row, member in enumerate(lists.member):
-                index[row, early:] = _probe(q[row, early:], c[row], top_k, ended, probed[row], member)
+        nearest = _nearest(q, lists.centroids, min(n_probe, n_list))[1]  # (B, L, n_probe)
+        probed = torch.zeros(B, n_list + 1, L, dtype=torch.bool, device=q.device).scatter_(1, nearest.mT, True)
+        ended = torch.arange(offset, offset + L, device=q.device) // chunk_size  # chunks that each query may see
+        probed |= ended < SAMPLE * n_list  # too few for lists: all of them, which is the exact search
+        probed[:, n_list] = True
+        index = torch.stack([_probe(q[i], c[i], top_k, ended, probed[i], lists.member[i]) for i in range(B)])
     return score_of(q, c, index), index
 
 
 def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, member: Tensor) -> Tensor:
-    """q: (L, S), c: (M, S), probed: (L, P) lists -> index: (L, top_k), list by list: all queries that probe a list meet
-    its chunks in one matrix product. Each pair of a query and a list keeps its best, the query the best of these."""
-    (L, P), n = probed.shape, 1 + int(probed.max())  # lists
-    score = q.new_full((L * P, top_k), -math.inf)  # a row for each pair
-    index = torch.full(score.shape, -1, device=q.device)
-    if L == 1:  # its lists as one
-        wanted = torch.zeros(n, dtype=torch.bool, device=q.device).index_fill_(0, probed[0], True)
-        lists = [(torch.zeros_like(probed[0, :1]), wanted[member].nonzero().squeeze(1))]
+    """q: (L, S), c: (M, S), probed: (lists, L) -> index: (L, top_k), list by list: all queries that probe a list meet its
+    chunks, some four million scores at a time, in one matrix product, and keep the best of these and of those before."""
+    score, index = q.new_full((len(q), top_k), -math.inf), torch.full((len(q), top_k), -1, device=q.device)
+    if len(q) == 1:  # its lists as one
+        lists, probed = [probed[member, 0].nonzero().squeeze(1)], probed[-1:]
     else:
-        lists = zip(*(x.argsort(stable=True).split(x.bincount(minlength=n).tolist()) for x in (probed.flatten(), member)))
-    for pairs, chunk in lists:
+        lists = member.argsort(stable=True).split(member.bincount(minlength=len(probed)).tolist())
+    for chunk, asking in zip(lists, probed):
         late = int((chunk < ended[0]).sum())  # from here on some may not see it
-        for pair in pairs.split(max(1, 2**22 // len(chunk))) if len(pairs) and len(chunk) else ():
-            one = q[pair // P] @ c[chunk].mT  # (pairs, chunks)
-            one[:, late:].masked_fill_(chunk[late:] >= ended[pair // P].unsqueeze(1), -math.inf)
-            one, at = best_of(one, min(top_k, len(chunk)))
-            score[pair, :one.shape[1]], index[pair, :one.shape[1]] = one, chunk[at]
-    best, at = best_of(score.view(L, -1), top_k)
-    return index.view(L, -1).gather(1, at).masked_fill_(best == -math.inf, -1)
+        for query in asking.nonzero().squeeze(1).split(max(1, 2**22 // len(chunk))) if len(chunk) else ():
+            one = q[query] @ c[chunk].mT  # (queries, chunks)
+            one[:, late:].masked_fill_(chunk[late:] >= ended[query].unsqueeze(1), -math.inf)
+            better = one.amax(1) > score[query, -1]  # the others have nothing to gain here
+            query, (one, at) = query[better], best_of(one[better], min(top_k, len(chunk)))
+            found = torch.cat([index[query], chunk[at]], dim=1)
+            score[query], at = torch.cat([score[query], one], dim=1).topk(top_k)
+            index[query] = found.gather(1, at)
+    return index.masked_fill_(score == -math.inf, -1)
 
 
 # 5. Memory that grows. Reading token by token, torch.cat would copy all of a long text each time a chunk is finished.
