@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
@@ -257,11 +258,10 @@ def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int 
     q, c, (B, L, _), M = wide(q), wide(c), q.shape, c.shape[1]
     score = q.new_full((B, L, top_k), -math.inf)
     index = torch.full((B, L, top_k), -1, device=q.device)
-    for i in range(B):
-        for t in range(L):
-            visible = min(M, (offset + t) // chunk_size)
-            best, at = (c[i, :visible] @ q[i, t]).sort(descending=True, stable=True)
-            score[i, t, :visible], index[i, t, :visible] = best[:top_k], at[:top_k]
+    for i, t in product(range(B), range(L)):
+        visible = min(M, (offset + t) // chunk_size)
+        best, at = (c[i, :visible] @ q[i, t]).sort(descending=True, stable=True)
+        score[i, t, :visible], index[i, t, :visible] = best[:top_k], at[:top_k]
     return score, index
 
 
@@ -274,13 +274,12 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
     """
     B, L, H, E = q.shape
     r = torch.zeros_like(q)
-    for i in range(B):
-        for t in range(L):
-            found = index[i, t] >= 0
-            chunks, log_p = index[i, t, found], score[i, t, found].log_softmax(0).to(q.dtype)
-            logit = torch.einsum("he,nuhe->hnu", q[i, t], k[i, chunks]) / math.sqrt(E) + log_p[:, None]
-            w = logit.flatten(1).softmax(-1)  # (H, K·U)
-            r[i, t] = torch.einsum("hj,jhe->he", w, v[i, chunks].flatten(0, 1))
+    for i, t in product(range(B), range(L)):
+        found = index[i, t] >= 0
+        chunks, log_p = index[i, t, found], score[i, t, found].log_softmax(0).to(q.dtype)
+        logit = torch.einsum("he,nuhe->hnu", q[i, t], k[i, chunks]) / math.sqrt(E) + log_p[:, None]
+        w = logit.flatten(1).softmax(-1)  # (H, K·U)
+        r[i, t] = torch.einsum("hj,jhe->he", w, v[i, chunks].flatten(0, 1))
     return r
 
 
@@ -399,13 +398,13 @@ def _grid(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     h, L, n = torch.empty_like(b), b.shape[1], math.isqrt(b.shape[1])  # n blocks
     a_steps, b_steps, h_steps = (x[:, :L - L % n].unflatten(1, (n, -1)).unbind(2) for x in (a, b, h))
     end = torch.zeros_like(b_steps[0])  # (B, n, D), where each block ends if it starts at zero
-    product = torch.ones_like(end)  # of its a
+    factor = torch.ones_like(end)  # the product of its a
     for a_t, b_t in zip(a_steps, b_steps):
         torch.addcmul(b_t, a_t, end, out=end)
-        product.mul_(a_t)
+        factor.mul_(a_t)
     starts = [h0]
     for m in range(n - 1):
-        starts.append(torch.addcmul(end[:, m], product[:, m], starts[m]))
+        starts.append(torch.addcmul(end[:, m], factor[:, m], starts[m]))
     start = torch.stack(starts, dim=1)
     for a_t, b_t, h_t in zip(a_steps, b_steps, h_steps):
         start = torch.addcmul(b_t, a_t, start, out=h_t)
@@ -485,11 +484,12 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     """The same as attend_naive for a block of queries at once."""
     if k.shape[1] == 0:
         return torch.zeros_like(q)
+    H, E = q.shape[2:]
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K); of -inf alone it would be NaN
     rows, k, v = _tables(index, k, v)
-    q_scaled = (q / math.sqrt(q.shape[3])).flatten(0, 1)  # (B·L, H, E)
-    r = _Attend.apply(q_scaled, k.to(q.dtype), v.to(q.dtype), log_p.flatten(0, 1), rows)
+    own = torch.eye(H, dtype=q.dtype, device=q.device).repeat_interleave(E, dim=1)  # (H, H·E), 1 in a head's columns
+    r = _Attend.apply(q.flatten(2).flatten(0, 1) / math.sqrt(E), k.to(q.dtype), v.to(q.dtype), log_p.flatten(0, 1), rows, own)
     return r.view(q.shape).masked_fill(nothing.unsqueeze(-1), 0)
 
 
@@ -498,48 +498,37 @@ class _Attend(torch.autograd.Function):
     dq = Σ_j d(logit)_j·k_j,   dk_j = d(logit)_j·q,   d(log p) of a chunk = Σ over its tokens and heads."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_p, rows):
-        r, weights = torch.empty_like(q), []
-        for t, keys, values in _opened(q, k, v, rows):
-            logit = (_spread(q[t]) @ keys.mT).unflatten(2, (rows.shape[1], -1)) + log_p[t, None, :, None]  # (n, H, K, U)
-            weights.append(logit.flatten(2).softmax(2))  # (n, H, J)
-            r[t] = _own(weights[-1] @ values)
-        ctx.save_for_backward(q, k, v, rows, *weights)
+    def forward(ctx, q, k, v, log_p, rows, own):
+        r, weights = torch.empty_like(q), []  # (B·L, H·E)
+        for t, keys, values in _opened(k, v, rows, q.shape[1]):
+            logit = (q[t].unsqueeze(1) * own) @ keys.mT  # (n, H, J)
+            logit = logit.unflatten(2, (rows.shape[1], -1)) + log_p[t, None, :, None]  # (n, H, K, U)
+            weights.append(logit.flatten(2).softmax(2))
+            r[t] = (weights[-1] @ values).mul_(own).sum(1)
+        ctx.save_for_backward(q, k, v, rows, own, *weights)
         return r
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dr):
-        q, k, v, rows, *weights = ctx.saved_tensors
+        q, k, v, rows, own, *weights = ctx.saved_tensors
         dq, dk, dv, dlog_p = *map(torch.zeros_like, (q, k, v)), q.new_empty(rows.shape)
-        for w, (t, keys, values) in zip(weights, _opened(q, k, v, rows)):
-            douts = _spread(dr[t])
+        for w, (t, keys, values) in zip(weights, _opened(k, v, rows, q.shape[1])):
+            queries, douts = q[t].unsqueeze(1) * own, dr[t].unsqueeze(1) * own  # (n, H, H·E)
             dw = douts @ values.mT  # (n, H, J)
             dlogit = w * (dw - (w * dw).sum(2, keepdim=True))
-            dq[t] = _own(dlogit @ keys)
+            dq[t] = (dlogit @ keys).mul_(own).sum(1)
             dlog_p[t] = dlogit.sum(1).unflatten(1, (rows.shape[1], -1)).sum(2)
-            for total, part in ((dk, dlogit.mT @ _spread(q[t])), (dv, w.mT @ douts)):  # (n, J, H·E)
+            for total, part in ((dk, dlogit.mT @ queries), (dv, w.mT @ douts)):  # (n, J, H·E)
                 total.index_add_(0, rows[t].flatten(), part.view(-1, total.shape[1]))
-        return dq, dk, dv, dlog_p, None
+        return dq, dk, dv, dlog_p, None, None
 
 
-def _opened(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """n of the queries (a slice), with keys and values of the J = K·U tokens that each of them opened: (n, J, H·E)."""
     n = max(1, 2**18 // (rows.shape[1] * k.shape[1]))  # so that what is gathered stays in the processor's cache
-    for t in (slice(start, start + n) for start in range(0, len(q), n)):
-        yield t, *(F.embedding(rows[t], x).view(len(rows[t]), -1, q[0].numel()) for x in (k, v))
-
-
-def _spread(x: Tensor) -> Tensor:
-    """(n, H, E) -> (n, H, H·E): a row for each head, zero where the columns are another head's."""
-    out = x.new_zeros(*x.shape[:2], *x.shape[1:])  # (n, H, H, E)
-    out.diagonal(dim1=1, dim2=2).copy_(x.mT)
-    return out.flatten(2)
-
-
-def _own(x: Tensor) -> Tensor:
-    """(n, H, H·E) -> (n, H, E), of each head's row its own part."""
-    return x.unflatten(2, (x.shape[1], -1)).diagonal(dim1=1, dim2=2).mT
+    for t in (slice(start, start + n) for start in range(0, len(rows), n)):
+        yield t, *(F.embedding(rows[t], x).view(len(rows[t]), -1, width) for x in (k, v))
 
 
 # 4. The inverted file (IVF, as in FAISS): similar chunks stand in one of n_list lists, each with a centroid, the
@@ -649,12 +638,10 @@ def _switch(naive: Callable, parallel: Callable, kernel: Callable) -> Callable:
     @wraps(naive)
     def run(x: Tensor, *args, **options):
         check(IMPLEMENTATION in ("auto", "naive", "parallel", "triton"), f"no IMPLEMENTATION {IMPLEMENTATION!r}")
-        if IMPLEMENTATION == "triton":
-            return kernel(x, *args, **options)
         if IMPLEMENTATION == "auto" and x.is_cuda and kernels.trusted(kernel, parallel, x.dtype, x.device):
             with suppress(NotImplementedError):  # the kernel's word that it cannot take this size
                 return kernel(x, *args, **options)
-        return (naive if IMPLEMENTATION == "naive" else parallel)(x, *args, **options)
+        return {"naive": naive, "triton": kernel}.get(IMPLEMENTATION, parallel)(x, *args, **options)
     return run
 
 
@@ -733,8 +720,7 @@ def check_shapes(spec: str, *tensors: Tensor | None) -> None:
                 x.ndim == len(axes) and x.is_floating_point() and x.device == tensors[0].device
                 and all(size.setdefault(axis, n) == n and (n or axis == "M") for axis, n in zip(axes, x.shape))):
             got = ", ".join(f"{[*x.shape]} of {x.dtype} on {x.device}" for x in tensors if x is not None)
-            raise ValueError(f"shapes must be {spec}, a letter for each size of at least 1, floating, on one device, "
-                             f"got {got}")
+            raise ValueError(f"tensors must be {spec}, a letter for each size, floating and on one device, got {got}")
 
 
 def check_config(c: ResonaConfig) -> None:
