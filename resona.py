@@ -79,8 +79,8 @@ class Resona(nn.Module):
     def forward(self, tokens: Tensor, state: State | None = None, top_k: int | None = None,
                 last: bool = False) -> tuple[Tensor, State]:
         """tokens: (B, L) int64 -> logits (B, L, vocab_size) for the token after each, and the state after all.
-        The state law: however a text is cut into calls, the logits are the same. model(tokens) equals model(tokens[:, :i])
-        followed by model(tokens[:, i:], state). top_k replaces config.top_k; last: the last logits alone, L = 1."""
+        The state law: however a text is cut into calls, the logits are the same: model(tokens) or model(tokens[:, :i])
+        and then model(tokens[:, i:], state). top_k replaces config.top_k; last: the last logits alone, L = 1."""
         check_call(self, tokens, state, top_k)
         x, layers = self.embedding(tokens), []  # (B, L, D)
         for i, layer in enumerate(self.layers):
@@ -112,11 +112,10 @@ class Layer(nn.Module):
     def __init__(self, config: ResonaConfig, retrieval: bool):
         super().__init__()
         D = config.d_model
-        self.norm = nn.RMSNorm(D)
+        self.norm, self.norm_mlp = nn.RMSNorm(D), nn.RMSNorm(D)
         self.conv = ShortConv(D, config.d_conv)
         self.backbone = make_backbone(config)
         self.retrieval = make_branch(config) if retrieval else None
-        self.norm_mlp = nn.RMSNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, config.d_ff), nn.SiLU(), nn.Linear(config.d_ff, D))
 
     def forward(self, x: Tensor, state: tuple | None, top_k: int | None) -> tuple[Tensor, tuple]:
@@ -159,8 +158,7 @@ class Retrieval(nn.Module):
     """The branch: output, memory = branch(z, u, y, memory=None), in four steps: remember, search, attend, mix.
     z: (B, L, D) normed layer input, u: (B, L, D) short features of it, y: (B, L, D) the backbone's output
     -> (1-α)·y + α·r, without a residual connection; memory: what it has read, to go on from. closed: α is multiplied by
-    a learned gate that starts at zero, so a trained model is unchanged at first. n_list: lists, if any (Part II).
-    """
+    a learned gate that starts at zero, so a trained model is unchanged at first. n_list: lists, if any (Part II)."""
 
     def __init__(self, d_model: int, n_head: int = 4, chunk_size: int = 4, top_k: int = 4, d_search: int = 32,
                  closed: bool = False, n_list: int = 0, n_probe: int = 40):
@@ -185,7 +183,7 @@ class Retrieval(nn.Module):
         score, index = self.search(query, memory, top_k or self.top_k, read - z.shape[1])  # (B, L, K)
         q = self.query(asks).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
-        alpha = self.gate * torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 where nothing was found
+        alpha = self.gate * torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 if nothing was found
         self.opened = {"index": index, "score": score.detach(), "alpha": alpha.detach()}  # for inspect
         return torch.lerp(y, self.output(r.flatten(2)).to(y), alpha.to(y)), memory  # (1-α)·y + α·r
 
@@ -215,8 +213,7 @@ class Retrieval(nn.Module):
 class ChunkEncoder(nn.Module):
     """One search key per chunk, of unit length: Σ_j linear u[j-1] + MLP(the chunk's features in order).
     The sum over its tokens j learns fast, the MLP adds what depends on their order. Features alone, not y: a key
-    made from the state drifts with the position, and such a model copies no string longer than it was trained on.
-    """
+    made from the state drifts with the position, and such a model copies no string longer than it was trained on."""
 
     def __init__(self, d_model: int, chunk_size: int, d_search: int):
         super().__init__()
@@ -237,8 +234,7 @@ class ChunkEncoder(nn.Module):
 def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """h[:, t] = a[:, t] * h[:, t-1] + b[:, t]: every channel is a filter of its own; the final state is h[:, -1].
 
-    a, b: (B, L, D), |a| <= 1, h0: (B, D) or zero -> h: (B, L, D) in the dtype of b, carried in float32 at least.
-    """
+    a, b: (B, L, D), |a| <= 1, h0: (B, D) or zero -> h: (B, L, D) in the dtype of b, carried in float32 at least."""
     check_shapes("BLD BLD BD", a, b, h0)
     h, hs = wide(torch.zeros_like(b[:, 0]) if h0 is None else h0), []
     for t in range(b.shape[1]):
@@ -252,8 +248,7 @@ def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int 
 
     q: (B, L, S) queries at positions offset..offset+L-1, c: (B, M, S) keys, M >= 0 -> score: (B, L, top_k), best
     first, in float32 at least, index: (B, L, top_k) int64; -inf and -1 where there is no chunk left. A query at
-    position p may see chunk m if it ended before: (m + 1)·U <= p. Of equal chunks any may win.
-    """
+    position p may see chunk m if it ended before: (m + 1)·U <= p. Of equal chunks any may win."""
     check_shapes("BLS BMS", q, c)
     q, c, (B, L, _), M = wide(q), wide(c), q.shape, c.shape[1]
     score = q.new_full((B, L, top_k), -math.inf)
@@ -270,10 +265,8 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
 
         w = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
     The second term lets the loss say "this chunk more, that one less": it trains the search (not with K = 1).
-    q: (B, L, H, E), k, v: (B, M, U, H, E), score, index: (B, L, K) -> r: (B, L, H, E), zero without a chunk.
-    """
-    B, L, H, E = q.shape
-    r = torch.zeros_like(q)
+    q: (B, L, H, E), k, v: (B, M, U, H, E), score, index: (B, L, K) -> r: (B, L, H, E), zero without a chunk."""
+    (B, L, _, E), r = q.shape, torch.zeros_like(q)
     for i, t in product(range(B), range(L)):
         found = index[i, t] >= 0
         chunks, log_p = index[i, t, found], score[i, t, found].log_softmax(0).to(q.dtype)
@@ -308,8 +301,7 @@ class SelectiveSSM(nn.Module):
     """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan,
 
         h[d, n] = exp(Δ[d]·A[d, n])·h[d, n] + Δ[d]·In[n]·u[d],   y[d] = Σ_n Out[n]·h[d, n] + skip[d]·u[d],
-    with step Δ = softplus, maps In and Out linear in the token, and A < 0 learned. Output: linear (y · silu(gate)).
-    """
+    with step Δ = softplus, maps In and Out linear in the token, and A < 0 learned. Output: linear (y · silu(gate))."""
 
     def __init__(self, d_model: int, d_state: int = 16):
         super().__init__()
@@ -342,8 +334,8 @@ check = check_int = check_config = check_call = check_shapes = lambda *_: None
 
 
 # ==================================================================================== PART II: THE SAME, FAST
-# 1 scan, 2 search, 3 attend: tests hold them equal to those of Part I, in values and in gradients. 4 approximate search.
-# 5 memory that grows. 6 the switch. 7 for use: a look inside, files. 8 checks.
+# 1 scan, 2 search, 3 attend: tests hold them equal to those of Part I, in values and in gradients.
+# 4 approximate search. 5 memory that grows. 6 the switch. 7 for use: a look inside, files. 8 checks.
 
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -363,8 +355,8 @@ import kernels
 #        block 1   h[4] → h[5] → h[6] → h[7] ◄┘     then     down the side, where each row really starts;
 #        block 2   h[8] → …                         at last  all rows at once again, from there.
 #
-#    That is 3·√L operations instead of L. Running twice moves less memory than keeping the products, and
-#    nothing is divided by a product, which underflows. Steps that are left over, L mod √L, go one by one.
+#    That is 3·√L operations, not L. Running twice moves less memory than keeping the products, and nothing is
+#    divided by one, which underflows. Steps that are left over, L mod √L, go one by one.
 
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """The same as scan_naive, in about 3·√L operations."""
@@ -444,7 +436,7 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
 
 
 def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """score.topk(k) of score: (..., M), several times as fast where M is large, for topk would cost more than the product:
+    """score.topk(k) of score: (..., M), several times as fast where M is large, as it would cost more than the product:
     the best k stand in the k groups of 16 with the best maxima, or among the last few, which make no group."""
     M, n = score.shape[-1], score.shape[-1] // 16  # n groups; each holds every n-th score
     if M <= 32 * k:
@@ -469,10 +461,8 @@ def _tables(index: Tensor, *chunks: Tensor) -> list[Tensor]:
     slot, in tables of the chunks of all rows of the batch: (B·M, width)."""
     if all(hasattr(x, "buffer") for x in chunks):  # a memory that grows (5.): its used part would have to be copied
         chunks = [x.buffer for x in chunks]
-    B, M, rows = len(index), chunks[0].shape[1], index.clamp(min=0)
-    if B > 1:
-        rows = rows + M * torch.arange(B, device=rows.device).view(-1, 1, 1)
-    return [x.flatten(0, 1) for x in (rows, *(x.flatten(2) for x in chunks))]
+    first = chunks[0].shape[1] * torch.arange(len(index), device=index.device).view(-1, 1, 1)
+    return [x.flatten(0, 1) for x in (index.clamp(min=0) + first, *(x.flatten(2) for x in chunks))]
 
 
 # 3. Attend. Keys and values of the chosen chunks are gathered for a block of queries at a time. All heads take part
@@ -484,12 +474,12 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     """The same as attend_naive for a block of queries at once."""
     if k.shape[1] == 0:
         return torch.zeros_like(q)
-    H, E = q.shape[2:]
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K); of -inf alone it would be NaN
     rows, k, v = _tables(index, k, v)
-    own = torch.eye(H, dtype=q.dtype, device=q.device).repeat_interleave(E, dim=1)  # (H, H·E), 1 in a head's columns
-    r = _Attend.apply(q.flatten(2).flatten(0, 1) / math.sqrt(E), k.to(q.dtype), v.to(q.dtype), log_p.flatten(0, 1), rows, own)
+    own = torch.eye(q.shape[2]).repeat_interleave(q.shape[3], dim=1).to(q)  # (H, H·E), 1 in a head's own columns
+    queries = q.flatten(2).flatten(0, 1) / math.sqrt(q.shape[3])  # (B·L, H·E)
+    r = _Attend.apply(queries, k.to(q.dtype), v.to(q.dtype), log_p.flatten(0, 1), rows, own)
     return r.view(q.shape).masked_fill(nothing.unsqueeze(-1), 0)
 
 
@@ -532,11 +522,10 @@ def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[sl
 
 
 # 4. The inverted file (IVF, as in FAISS): similar chunks stand in one of n_list lists, each with a centroid, the
-#    direction of its mean key. A query scores the centroids, and then only the chunks in the n_probe lists of the
-#    best. It stays causal, and indifferent to how a text is cut into calls, as
-#      * the centroids come from the first SAMPLE·n_list chunks; a query that sees fewer searches exactly;
-#      * a chunk joins its list when it is finished, and stays there. Similarity is computed in float64 and rounded to
-#        float32: a product of other rows adds up in another order, and the last bits must not choose the list.
+#    direction of its mean key. A query scores the centroids, then only the chunks in the n_probe lists of the best.
+#    It stays causal, and indifferent to how a text is cut into calls: the centroids come from the first SAMPLE·n_list
+#    chunks (a query that sees fewer searches exactly), and a chunk joins its list when it is finished, and stays there.
+#    Similarity is computed in float64 and rounded, for the last bits, which vary with the cut, must not choose a list.
 #    A chunk that is like no centroid would be lost in whichever list it joins, and is just what one looks for. So
 #    outliers, chunks less like their centroid than the least similar one in OUTLIERS of the first, have a list of
 #    their own, the last, and every query probes it.
@@ -589,13 +578,12 @@ def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, l
 
 
 def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, member: Tensor) -> Tensor:
-    """q: (L, S), c: (M, S), probed: (lists, L) -> index: (L, top_k), list by list: all queries that probe a list meet its
-    chunks, some four million scores at a time, in one matrix product, and keep the best of these and of those before."""
+    """q: (L, S), c: (M, S), probed: (lists, L) -> index: (L, top_k), list by list: all queries that probe it meet its
+    chunks in one matrix product, some four million scores at a time, and keep the best of these and of those before."""
     score, index = q.new_full((len(q), top_k), -math.inf), torch.full((len(q), top_k), -1, device=q.device)
-    if len(q) == 1:  # its lists as one
+    lists = member.argsort(stable=True).split(member.bincount(minlength=len(probed)).tolist()) if len(q) > 1 else ()
+    if len(q) == 1:  # all that it probes are one list, which it probes
         lists, probed = [probed[member, 0].nonzero().squeeze(1)], probed[-1:]
-    else:
-        lists = member.argsort(stable=True).split(member.bincount(minlength=len(probed)).tolist())
     for chunk, asking in zip(lists, probed):
         late = int((chunk < ended[0]).sum())  # from here on some may not see it
         for query in asking.nonzero().squeeze(1).split(max(1, 2**22 // len(chunk))) if len(chunk) else ():
@@ -609,10 +597,9 @@ def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, memb
     return index.masked_fill_(score == -math.inf, -1)
 
 
-# 5. Memory that grows. Reading token by token, torch.cat would copy all of a long text each time a chunk is finished.
-#    So rows stand at the start of a buffer twice as long, and new ones are written behind them: no state that was
-#    returned changes, as each sees only its own rows. Whoever goes on from a state a second time finds the room
-#    taken, and gets a buffer of his own.
+# 5. Memory that grows. Token by token, torch.cat would copy all of a long text each time a chunk is finished. So rows
+#    stand at the start of a buffer twice as long, and new ones are written behind them: a state that was returned
+#    does not change, for it sees its own rows. Whoever goes on from it a second time finds the room taken, and copies.
 
 def append(past: Tensor, new: Tensor) -> Tensor:
     """torch.cat([past, new], dim=1) of past: (B, n, ...) and new: (B, m, ...)."""
@@ -662,7 +649,7 @@ def inspect(self: Resona, tokens: Tensor, top_k: int | None = None) -> list[dict
 
 def save(self: Resona, path: str | Path) -> None:
     """Write weights and config to one file."""
-    check(not callable(self.config.backbone), "a callable backbone cannot be saved: give it a name, BACKBONES['mine'] = ...")
+    check(not callable(self.config.backbone), "a callable backbone cannot be saved: BACKBONES['mine'] = ... names it")
     torch.save({"config": asdict(self.config), "weights": self.state_dict()}, path)
 
 
@@ -675,7 +662,8 @@ def load(cls: type, path: str | Path, device: str | torch.device = "cpu", **chan
         model.load_state_dict(data["weights"], assign=True)
     except Exception as error:  # pickle, zip and torch have many
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{path} cannot be read as a Resona: {type(error).__name__}: {error}"[:400].replace("\n", " ")) from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise kind(f"{path} cannot be read as a Resona: {why}") from error
     return model.to(device)
 
 
@@ -686,7 +674,7 @@ def change(self: State, function: Callable[[Tensor], Tensor]) -> State:
 
 def select(self: State, rows: Tensor) -> State:
     """Rows of the batch, int64, in any order and also repeated: for beam search, or several samples of one prompt."""
-    with torch.device("meta"):  # nn.RNNBase has the batch in the second dimension of its states, all others in the first
+    with torch.device("meta"):  # nn.RNNBase has the batch in the second dimension of its states, others in the first
         dims = 0, int(isinstance(make_backbone(self.config), nn.RNNBase)), 0  # of convolution's, backbone's, memory
     return self._replace(layers=[tuple(
         tree_map_only(Tensor, lambda x: x.index_select(dim, rows.to(x.device)), part)
@@ -694,8 +682,7 @@ def select(self: State, rows: Tensor) -> State:
 
 
 Resona.inspect, Resona.save, Resona.load = inspect, save, classmethod(load)
-State.change, State.select = change, select
-State.detach = lambda self: self.change(Tensor.detach)  # to train on a long text piece by piece
+State.change, State.select, State.detach = change, select, lambda self: self.change(Tensor.detach)
 State.to = lambda self, device: self.change(lambda x: x.to(device))
 torch.serialization.add_safe_globals([State, ResonaConfig, Memory, Lists])
 
@@ -724,9 +711,8 @@ def check_shapes(spec: str, *tensors: Tensor | None) -> None:
 
 
 def check_config(c: ResonaConfig) -> None:
-    for field in fields(c):
-        if field.type == "int":  # a string: annotations are not evaluated in this file
-            check_int(field.name, getattr(c, field.name))
+    for name in (field.name for field in fields(c) if field.type == "int"):  # a string: annotations are not evaluated
+        check_int(name, getattr(c, name))
     check(c.d_model % c.n_head == 0, f"d_model must be divisible by n_head, got {c.d_model} and {c.n_head}")
     check(callable(c.backbone) or c.backbone in [*BACKBONES], f"backbone must be one of {', '.join(BACKBONES)}, "
           f"or a callable d_model -> nn.Module, got {c.backbone!r}")

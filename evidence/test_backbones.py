@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from test_resona import DeltaRule, gru, one_line, random_tokens, seed, small_model  # noqa: F401  (seed is a fixture)
 
 import train_toy
-from resona import BACKBONES, GatedRecurrence, Resona, ResonaConfig, Retrieval, SelectiveSSM, check_backbone
+from resona import BACKBONES, GatedRecurrence, Resona, ResonaConfig, Retrieval, SelectiveSSM
+from evidence.check_backbone import check_backbone
 from train_toy import Copying, copy_string, packed
 
 
