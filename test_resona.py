@@ -386,7 +386,7 @@ class DeltaRule(nn.Module):
 
 LAWFUL = {
     "gated": ("gated", {}), "ssm": ("ssm", {}), "transformer": ("transformer", {}),
-    "no positions": (lambda d: train_toy.CausalAttention(d, rotary=False), {}),
+    "no positions": (type("NoPositions", (train_toy.CausalAttention,), {"rotate": lambda self, x, past: x}), {}),
     "gru": (gru, {}), "delta rule": (DeltaRule, {}), "no retrieval": ("gated", {"retrieval": False}),
     "transformer alone": ("transformer", {"retrieval": False}), "last layer only": ("gated", {"retrieval": [1]}),
     "one token a chunk": ("gated", {"chunk_size": 1}),
@@ -867,7 +867,6 @@ def test_the_models_have_equal_parameters(backbone):
 
 
 # -------------------------------------------------------------------------------- train_toy.py: its training
-KEYS = {"task", "seed", "device", "torch", "train_seconds", "parameters", "results"}
 FEW = ["--lengths", "8", "--device", "cpu", "--out"]
 
 
@@ -876,13 +875,12 @@ def toy(model, steps, save_every=2):
 
 
 def test_resona_learns_to_copy(tmp_path):
-    flags = ["--model", "resona", "--steps", "80", "--lengths", "32", "--device", "cpu", "--out", str(tmp_path)]
-    assert train_toy.main(flags) == 0
+    train_toy.main(["--model", "resona", "--steps", "80", *FEW, str(tmp_path), "--lengths", "32"])
     report = json.loads((tmp_path / "results.json").read_text())
-    assert KEYS <= set(report) and report["results"].keys() == report["parameters"].keys() == {"resona"}
+    assert [*report] == ["task", "seed", "device", "torch", "train_seconds", "parameters", "results"]
+    assert [*report["results"]] == [*report["parameters"]] == ["resona"]
     scores = report["results"]["resona"]["32"]
-    assert scores.keys() == {"token_accuracy", "sequence_accuracy"}
-    assert scores["token_accuracy"] > 0.5 and 0 <= scores["sequence_accuracy"] <= 1  # chance is 1/26
+    assert 1 >= scores["token_accuracy"] > 0.5 and 0 <= scores["sequence_accuracy"] <= 1  # chance is 1/26
     rows = Copying().test(np.random.default_rng([0, 1, 32]), 32)["32"]
     loaded = train_toy.evaluate(Resona.load(tmp_path / "resona.pt"), rows, "cpu")
     assert loaded == pytest.approx(scores, abs=1e-3)
@@ -920,28 +918,28 @@ def same(a, b):
 
 
 def test_all_models_run_on_the_same_batches(tmp_path, batches):
-    assert train_toy.main(["--steps", "2", *FEW, str(tmp_path)]) == 0
+    train_toy.main(["--steps", "2", *FEW, str(tmp_path)])
     seen, _ = batches
-    assert len(seen) == 6  # two steps of each of three models
+    assert len(seen) == 6 and not np.array_equal(seen[0][0], seen[1][0])  # two steps of each of three models
     assert all(np.array_equal(seen[i][0], seen[i % 2][0]) for i in range(6))
-    assert not np.array_equal(seen[0][0], seen[1][0])
     report = json.loads((tmp_path / "results.json").read_text())
-    assert set(report["results"]) == set(report["train_seconds"]) == {"recurrence", "resona", "transformer"}
+    assert all({*report[key]} == {*train_toy.MODELS} for key in ("results", "parameters", "train_seconds"))
     assert isinstance(Resona.load(tmp_path / "transformer.pt").layers[0].backbone, train_toy.CausalAttention)
 
 
 def test_after_ctrl_c_it_resumes_and_ends_bit_for_bit_the_same(tmp_path, batches, capfd):
     whole, parts, (seen, stop_at), flags = tmp_path / "whole", tmp_path / "parts", batches, toy("resona", 6)
-    assert train_toy.main([*flags, str(whole)]) == 0
+    train_toy.main([*flags, str(whole)])
     seen.clear(), stop_at.append(4)
-    assert train_toy.main([*flags, str(parts)]) == 130
+    with pytest.raises(SystemExit, match="^130$"):
+        train_toy.main([*flags, str(parts)])
     command = f"python train_toy.py {shlex.join([*flags, str(parts)])} --resume"
     assert capfd.readouterr().err.splitlines()[-1].endswith(command) and not (parts / "results.json").exists()
     assert len(torch.load(parts / "resona.train.pt", weights_only=True)["losses"]) == 2
-    assert train_toy.main(shlex.split(command)[2:]) == 0
+    train_toy.main(shlex.split(command)[2:])
     assert len(seen) == 4 + 4  # steps 1 to 4, and 3 to 6: what came after the last save was lost
     assert same(what_it_came_to(whole), what_it_came_to(parts)) and not list(parts.glob("*.new"))
-    assert train_toy.main([*flags, str(parts), "--seed", "1"]) == 0
+    train_toy.main([*flags, str(parts), "--seed", "1"])
     assert not same(what_it_came_to(whole)["weights"], what_it_came_to(parts)["weights"])
 
 
@@ -955,30 +953,26 @@ def process(flags, out, *before):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_and_resumed_at_random_it_ends_bit_for_bit_the_same(tmp_path):
     """KILLS=50 python -m pytest -s -k killed for more of them. Each kill must find a run that has got further."""
-    kills, rng = int(os.environ.get("KILLS", 2)), np.random.default_rng()
-    path = tmp_path / "parts" / "resona.train.pt"
-    flags = toy("resona", 14 * kills)
-
-    def saved():
-        return torch.load(path, weights_only=True) if path.exists() else {"losses": [], "seconds": 0.0}
+    kills, rng, stored = int(os.environ.get("KILLS", 2)), np.random.default_rng(), [0]
+    path, flags = tmp_path / "parts" / "resona.train.pt", toy("resona", 8 * kills, save_every=1)
     whole = process(flags, tmp_path / "whole")
-    assert whole.wait(600) == 0, whole.stderr.read()
-    step = torch.load(tmp_path / "whole/resona.train.pt", weights_only=True)["seconds"] / (14 * kills)
-    stored = [0]
     for _ in range(kills):
-        run, start = process(["--resume", *flags], tmp_path / "parts"), time.perf_counter()
-        while len(saved()["losses"]) == stored[-1] and run.poll() is None:
-            assert time.perf_counter() - start < 300
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 4 * step))  # in a step, in a write, or between them
+        run, writes = process(["--resume", *flags], tmp_path / "parts"), {}  # of the file: when each was first seen
+        before = path.stat().st_mtime_ns if path.exists() else None
+        while len(writes) < 2 and run.poll() is None:
+            if path.exists() and (at := path.stat().st_mtime_ns) != before:
+                writes.setdefault(at, time.perf_counter())
+            time.sleep(0.001)
+        first, second = [*writes.values()]
+        time.sleep(rng.uniform(0, second - first))  # in a step, in a write, or between them, at the pace of now
         run.kill()
         run.communicate()
         assert run.returncode == -signal.SIGKILL, "it ended before it was killed"
-        stored.append(len(saved()["losses"]))
+        stored.append(len(torch.load(path, weights_only=True)["losses"]))
         assert stored[-1] > stored[-2]
-    print(f"\n{kills} kills, with these steps on the disk: {stored[1:]} of {14 * kills}")
-    last = process(["--resume", *flags], tmp_path / "parts")
-    assert last.wait(600) == 0, last.stderr.read()
+    print(f"\n{kills} kills, with these steps on the disk: {stored[1:]} of {8 * kills}")
+    for run in (whole, process(["--resume", *flags], tmp_path / "parts")):
+        assert run.wait(600) == 0, run.stderr.read()
     assert same(what_it_came_to(tmp_path / "whole"), what_it_came_to(tmp_path / "parts"))
     assert {file.name for file in path.parent.iterdir()} == {"resona.pt", "resona.train.pt", "results.json"}
 
@@ -1000,38 +994,34 @@ def test_two_processes_train_as_one_does(tmp_path):
 # ---------------------------------------------------------------------------------- train_toy.py: bad input
 def refused(capsys, flags, *words):
     """Status 2, and one line that holds these words, after the progress bars."""
-    try:
-        status = train_toy.main(flags)
-    except SystemExit as exit:
-        status = exit.code
+    with pytest.raises(SystemExit, match="^2$"):
+        train_toy.main(flags)
     printed = capsys.readouterr()
     lines = [line for line in re.split(r"[\n\r]+", printed.err) if line and not re.search(r"\d+%\|", line)]
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("train_toy.py: "), printed.err
+    assert len(lines) == 1 and lines[0].startswith("train_toy.py: "), printed.err
     assert all(word in lines[0] for word in words), printed.err
     return printed.out
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--steps 0", "--steps 0"), ("--steps x", "--steps 'x'"), ("--save-every 0", "--save-every"),
+    ("--steps 0", "--steps 1 0"), ("--steps x", "--steps 'x'"), ("--save-every 0", "--save-every"),
     ("--lr -1", "--lr"), ("--lr nan", "--lr nan"), ("--seed -1", "--seed"), ("--task sort", "sort copy"),
     ("--model lstm", "lstm resona"), ("--backbone transformer", "gated ssm"), ("--lengths 0", "--lengths"),
     ("--device abc", "--device abc"), ("--device meta", "--device meta"), ("--nonsense", "--nonsense")])
-def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_toy.py"])
+def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys):
     assert refused(capsys, ["--out", str(tmp_path), *flags.split()], *words.split()) == ""
 
 
 def test_the_command_itself_shows_no_traceback():
-    for flags, words in (("--steps none", "'none'"), ("--steps 0", "at least 1"), ("--out README.md", "README")):
-        done = python("train_toy.py", *flags.split())
-        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and words in done.stderr
+    done = python("train_toy.py", "--out", "README.md")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "README" in done.stderr
     assert python("train_toy.py", "--help").returncode == 0
 
 
 def test_what_cannot_be_resumed_or_written_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "recurrence", *FEW, ".", "--steps"]
-    assert train_toy.main([*flags, "2"]) == 0
+    train_toy.main([*flags, "2"])
     capsys.readouterr()
     refused(capsys, [*flags, "3", "--resume"], "--resume", "2 steps", "3 steps")
     Path("recurrence.train.pt").write_bytes(b"junk")
@@ -1056,12 +1046,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_save(tmp_pat
         calls.append(1)
         return (logits * math.nan if len(calls) == 6 else logits), state
     monkeypatch.setattr(Resona, "forward", bad)
-    refused(capsys, flags, "resona diverged at step 6", "resona.train.pt", "--lr")
+    refused(capsys, flags, "diverged", "--lr")
     state = torch.load(tmp_path / "resona.train.pt", weights_only=True)
     assert len(state["losses"]) == 4 and all(x.isfinite().all() for x in state["weights"].values())
-    assert train_toy.main([*flags, "--resume"]) == 0  # this time it does not happen
+    train_toy.main([*flags, "--resume"])  # this time it does not happen
     capsys.readouterr()
-    refused(capsys, [*flags, "--lr", "1e9"], "resona diverged")
+    refused(capsys, [*flags, "--lr", "1e9"], "diverged")
 
 
 # --------------------------------------------------------------------------------------- tutorial.ipynb

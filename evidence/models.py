@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import train_toy
-from resona import BACKBONES, Resona, ResonaConfig
-from train_toy import CausalAttention, resize
+from resona import BACKBONES, Resona
+from train_toy import CausalAttention
 
 MODELS = (*train_toy.MODELS, "retrieval", "nope")
 
@@ -26,15 +24,21 @@ class NoRecurrence(nn.Module):
         return torch.zeros_like(u), None
 
 
-BACKBONES.update(retrieval=NoRecurrence, nope=partial(CausalAttention, rotary=False))
+class NoPositions(CausalAttention):
+    """It learns the order of tokens from the short convolution alone (arXiv 2305.19466)."""
+
+    def rotate(self, x: Tensor, past: int) -> Tensor:
+        return x
+
+
+BACKBONES.update(retrieval=NoRecurrence, nope=NoPositions)
 
 
 def make_model(name: str, backbone: str, task: Any) -> Resona:
     """As train_toy.make_model; retrieval alone spends on width what Resona spends on the recurrence."""
     if name != "retrieval":
         return train_toy.make_model(name, backbone, task)
-    resona = ResonaConfig(task.vocab_size, backbone=backbone, **task.config)
-    return resize(replace(resona, backbone=name), resona, count)
+    return train_toy.make_model(name, backbone, task, task.config.get("retrieval", True), count)
 
 
 def count(model: Resona) -> int:
