@@ -158,22 +158,23 @@ for target in (CUDA, HIP):
                     show(build(kernels.scan_kernel, target, types, sizes, 1, aligned), "scan", dtype, backward, summary)
         for name, kernel in ATTEND:
             for shape in ((2, 4, 16), (16, 4, 64)):
-                padded, warps = kernels.attend_sizes(torch.empty(1, 1, *shape, device="meta"))
-                types = dict.fromkeys(("q", "k", "v", "log_p", "r", "dr", "dq", "dlog_p"), "*" + dtype)
-                types.update(dict.fromkeys(("rows", "order"), "*i64"), scale="fp32", pairs="i32")
-                types.update(dict.fromkeys(("lse", "delta", "dk", "dv"), "*fp32"))
-                sizes = dict(zip(("U", "H", "E", "UP", "HP", "EP"), padded), SEGMENT=kernels.SEGMENT)
+                warps = kernels.attend_slab(torch.empty(1, 1, *shape, device="meta"))[1]
+                types = dict.fromkeys(("q", "k", "v", "r", "dr"), "*" + dtype)
+                types.update(dict.fromkeys(("index", "rows", "order"), "*i64"), scale="fp32")
+                types.update(dict.fromkeys(("score", "lse", "delta", "dq", "dk", "dv", "dscore"), "*fp32"))
+                sizes = dict(zip("UHE", shape), SEGMENT=kernels.SEGMENT)
                 sizes = {name: size for name, size in sizes.items() if name in kernel.arg_names}
                 show(build(kernel, target, types, sizes, warps, ()), name, dtype, *shape)
-    for slots, width in ((1, 64), (4, 32), (64, 64), (8, kernels.MAX_WIDTH)):
-        sizes = {"BQ": kernels.BQ, "BM": kernels.BM, "SP": width, "KP": slots, "DOT": "tf32x3" if target is CUDA else "ieee"}
-        types = {"q": "*fp32", "c": "*fp32", "best": "*i64"}
-        show(build(kernels.search_kernel, target, types, sizes, 4, ("S",)), "search", slots, width, "-")
-        sizes = {"PARTS_KP": 16 * slots, "BR": 1024 // (16 * slots)}
+    for slots, width, dtype in ((1, 64, "fp32"), (4, 32, "fp32"), (4, 32, "bf16"), (64, 64, "fp32"), (8, kernels.MAX_WIDTH, "fp32")):
+        dot = "ieee" if target is HIP else "tf32" if dtype == "bf16" else "tf32x3"
+        sizes = {"BQ": kernels.BQ, "BM": kernels.BM, "SP": width, "KP": slots, "DOT": dot}
+        types = {"q": "*" + dtype, "c": "*" + dtype, "best": "*i64"}
+        show(build(kernels.search_kernel, target, types, sizes, 4, ("S",)), "search", dtype, slots, width)
+    for width in (1, 64, 2048):
         types = {"best": "*i64", "score": "*fp32", "index": "*i64"}
-        show(build(kernels.merge_kernel, target, types, sizes, 4, ()), "merge", slots, width, "-")
-""".replace("ATTEND", '[("attend", kernels.attend_kernel), ("attend_query", kernels.attend_query_kernel), '
-                      '("attend_chunk", kernels.attend_chunk_kernel)]')
+        sizes = {"WIDTH": width, "BR": max(1, 1024 // width)}
+        show(build(kernels.merge_kernel, target, types, sizes, 4, ()), "merge", width, "-", "-")
+""".replace("ATTEND", '[("attend", kernels.attend_kernel), ("attend_backward", kernels.attend_backward_kernel)]')
 
 
 @needs_triton
@@ -182,7 +183,7 @@ def test_kernels_compile_for_gpus_as_they_are_launched():
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stdout)
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 8 + 6 + 4 + 6 + 8 + 6 + 2 * 4 * 2
+    assert len(rows) == 8 + 4 + 4 + 4 + 8 + 4 + 2 * (5 + 3)
     for name, *_, spilled, registers, bad, shared in rows:
         # bytes of shared memory that a block may use on an H100 and on an MI300
         assert int(shared) <= (65536 if spilled == "hip" else 232448), rows
