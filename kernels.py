@@ -152,9 +152,8 @@ if HAS_TRITON:
                     before = tl.where(start + i == L - 1, first, h_rows[i].to(tl.float32))
                     tl.store(da + at + i * STEP, (now * before).to(da.dtype.element_ty), mask=left > i)
         if SUMMARY:
-            at = (row * C + m) * D + d
-            tl.store(block_a + at, product, mask=inside)
-            tl.store(block_b + at, carry, mask=inside)
+            tl.store(block_a + (row * C + m) * D + d, product, mask=inside)
+            tl.store(block_b + (row * C + m) * D + d, carry, mask=inside)
 
 
 def launch_scan(a: Tensor, b: Tensor, h0: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -234,17 +233,16 @@ if HAS_TRITON:
         q: (B, L, S), c: (B, M, S), N chunks from one row to the next, best: (B, L, parts, KP), in no order."""
         row, part = (tl.program_id(0) // tl.cdiv(L, BQ)).to(tl.int64), tl.program_id(1)
         t = tl.program_id(0) % tl.cdiv(L, BQ) * BQ + tl.arange(0, BQ)
-        s = tl.arange(0, SP)
-        q_at = (row * L + t)[:, None] * S + s[None, :]
-        queries = tl.load(q + q_at, mask=(t < L)[:, None] & (s < S)[None, :], other=0.0).to(tl.float32)
+        s = tl.arange(0, SP)[None, :]
+        queries = tl.load(q + (row * L + t)[:, None] * S + s, mask=(t < L)[:, None] & (s < S), other=0.0).to(tl.float32)
         slot = tl.arange(0, KP)[None, :]
         kept = pack(tl.full([BQ, KP], float("-inf"), tl.float32), 0x7fffffff - slot)  # all are empty
         worst_score = tl.full([BQ], float("-inf"), tl.float32)  # kept as float32: packed, it takes many registers
         ended = tl.where(t < L, tl.minimum((offset + t) // chunk_size, M), 0)  # chunks that a query may see
         for start in range(part * span, tl.minimum(tl.max(ended), (part + 1) * span), BM):
             m = start + tl.arange(0, BM)
-            c_at = (row * N + m)[:, None] * S + s[None, :]
-            chunks = tl.load(c + c_at, mask=(m < M)[:, None] & (s < S)[None, :], other=0.0).to(tl.float32)
+            exist = (m < M)[:, None] & (s < S)
+            chunks = tl.load(c + (row * N + m)[:, None] * S + s, mask=exist, other=0.0).to(tl.float32)
             score = tl.dot(queries, tl.trans(chunks), input_precision=DOT)
             score = tl.where(m[None, :] < ended[:, None], score, float("-inf"))
             if tl.max((tl.max(score, axis=1) > worst_score).to(tl.int32)) > 0:  # few tiles have better ones
@@ -262,14 +260,16 @@ if HAS_TRITON:
 
     @triton.jit(do_not_specialize=["width"])
     def merge_kernel(best, score, index, rows, width, top_k, WIDTH: tl.constexpr, BR: tl.constexpr):
-        """Sort the winners of all parts of BR queries, best: (rows, width); write the first top_k, unpacked. WIDTH, the
-        largest width there can be, does not grow with the text."""
-        n, slot = (tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR))[:, None], tl.arange(0, WIDTH)[None, :]
-        key = tl.load(best + n * width + slot, mask=(n < rows) & (slot < width), other=-0x7fffffffffffffff)
-        key = tl.sort(key, descending=True)
-        found, at, written = score_of(key), n * top_k + slot, (n < rows) & (slot < top_k)
-        tl.store(score + at, found, mask=written)
-        tl.store(index + at, tl.where(found == float("-inf"), -1, key & 0x7fffffff), mask=written)
+        """Of BR queries write the best top_k of the winners of all parts, best: (rows, width), unpacked and in order.
+        WIDTH, the largest width there can be, does not grow with the text."""
+        n, place = (tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR))[:, None], tl.arange(0, WIDTH)[None, :]
+        key = tl.load(best + n * width + place, mask=(n < rows) & (place < width), other=-0x7fffffffffffffff)
+        for slot in range(0, top_k):
+            winner = tl.max(key, axis=1, keep_dims=True)
+            found = score_of(winner) > float("-inf")
+            tl.store(score + n * top_k + slot, score_of(winner), mask=n < rows)
+            tl.store(index + n * top_k + slot, tl.where(found, winner & 0x7fffffff, -1), mask=n < rows)
+            key = tl.where(key == winner, -0x7fffffffffffffff, key)
 
 
 # ---------------------------------------------------------------- 4. the search: autograd and the function
