@@ -757,7 +757,7 @@ TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpret
 def small_tiles(monkeypatch):
     """Several tiles and blocks in a few steps, as the interpreter is slow; on a GPU what is launched in earnest."""
     if not GPU:
-        for name, value in {"BT": 4, "BQ": 16, "BM": 16, "MIN_BLOCK": 8, "SEGMENT": 4}.items():
+        for name, value in {"BT": 4, "BQ": 16, "BM": 16, "MIN_BLOCK": 8, "SEGMENT": 4, "FILL": 8}.items():
             monkeypatch.setattr(kernels, name, value)
 
 

@@ -99,11 +99,11 @@ def nsa_topk() -> Callable:
     return run
 
 
-def time_search(ms: Clock, B: int, L: int, M: int, chunk_size: int, top_k: int, peers: Peers, S: int = 64,
-                block: int = 65536) -> Row:
+def time_search(ms: Clock, B: int, L: int, M: int, chunk_size: int, top_k: int, dtype: torch.dtype, peers: Peers,
+                S: int = 64, block: int = 65536) -> Row:
     """The last L queries of a text of M chunks, `block` at a time: L = M·chunk_size reads it, L = 1 decodes. Flops are
     those of the visible pairs. The peer in PyTorch multiplies the visible chunks alone, too."""
-    q, c = torch.randn(B, L, S, device=DEVICE), torch.randn(B, M, S, device=DEVICE)
+    q, c = (torch.randn(B, n, S, device=DEVICE).to(dtype) for n in (L, M))
     offset = M * chunk_size + (L == 1) - L
     pairs = B * sum(min(M, (offset + t) // chunk_size) for t in range(L))
 
@@ -114,7 +114,7 @@ def time_search(ms: Clock, B: int, L: int, M: int, chunk_size: int, top_k: int, 
         return run
 
     time = ms(every_block(kernels.search))
-    row = {"kernel": "search", "B": B, "L": L, "chunks": M, "top_k": top_k, "ms": time,
+    row = {"kernel": "search", "dtype": str(dtype)[6:], "B": B, "L": L, "chunks": M, "top_k": top_k, "ms": time,
            "TFLOP/s": 2 * pairs * S / time / 1e9, "GB/s of keys": c.nbytes / time / 1e6}
     last, t = q[:, -512:], offset + max(0, L - 512)  # enough to check against float64
     score, index = kernels.search(last, c, top_k, chunk_size, t)
@@ -129,19 +129,30 @@ def time_search(ms: Clock, B: int, L: int, M: int, chunk_size: int, top_k: int, 
 
 
 # ------------------------------------------------------------------------------------------------ attend
-def time_attend(ms: Clock, B: int, L: int, U: int, top_k: int, H: int, E: int, dtype: torch.dtype) -> list[Row]:
-    M = L // U
+def time_attend(ms: Clock, B: int, L: int, M: int, U: int, top_k: int, H: int, E: int, dtype: torch.dtype) -> list[Row]:
+    """Forward and backward of L queries to M chunks of U tokens: L = M·U trains, L = 1 decodes."""
     q = torch.randn(B, L, H, E, device=DEVICE, dtype=dtype, requires_grad=True)
     k, v = (torch.randn(B, M, U, H, E, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
     score = torch.randn(B, L, top_k, device=DEVICE, requires_grad=True)
     index = torch.randint(0, M, (B, L, top_k), device=DEVICE)
     ours, theirs = (both(ms, lambda *x: attend(*x, index), q, k, v, score)
                     for attend in (kernels.attend, resona.attend_parallel))
-    return [{"kernel": "attend", "pass": which, "dtype": str(dtype)[6:], "B": B, "L": L, "U": U, "top_k": top_k, "H·E": H * E,
-             "ms": time, "parallel": other / time} for which, time, other in zip(("forward", "backward"), ours, theirs)]
+    return [{"kernel": "attend", "pass": which, "dtype": str(dtype)[6:], "B": B, "L": L, "chunks": M, "U": U,
+             "top_k": top_k, "H·E": H * E, "ms": time, "parallel": other / time}
+            for which, time, other in zip(("forward", "backward"), ours, theirs)]
 
 
 # ----------------------------------------------------------------------------------------------- the run
+def attempt(time: Callable, ms: Clock, *sizes: Any) -> list[Row]:
+    """The rows of one shape; if it fails, a line says so, and the other shapes are still timed."""
+    try:
+        rows = time(ms, *sizes)
+    except Exception as error:
+        print(f"{time.__name__} at {[size for size in sizes if not isinstance(size, dict)]}: left out ({short(error)})")
+        return []
+    return rows if isinstance(rows, list) else [rows]
+
+
 def copy_speed(ms: Clock) -> float:
     """GB/s of a copy of 1 GiB, read and written: the ceiling."""
     x = torch.empty(2**28, device=DEVICE)
@@ -178,7 +189,7 @@ def main() -> int:
     peers = scan_peers()
     shapes = [(8, 2**n, 1536) for n in range(10, 17)] + [(1, 131072, 512), (32, 2048, 768)]
     scans = [row for dtype in (torch.float32, torch.bfloat16) for shape in shapes
-             for row in time_scan(ms, copy, *shape, dtype, peers)]
+             for row in attempt(time_scan, ms, copy, *shape, dtype, peers)]
     show("scan. Peers: their time / ours, forward or backward alone, both through autograd; parallel is resona.py's;\n"
          "accelerated-scan in its layout, hgrn given log a", scans)
     peers = {}
@@ -186,14 +197,17 @@ def main() -> int:
     texts = [(1, L, L // U, U, K) for L in (4096, 16384, 65536, 2**20) for U in (16, 64) for K in (4, 8, 32)]
     batches = [(16, 4096, 256, 16, 8), (4, 16384, 4096, 4, 4)]
     decoding = [(B, 1, M, 4, 4) for B in (1, 16) for M in (1024, 16384, 65536)]
-    searches = [time_search(ms, *sizes, peers) for sizes in texts + batches + decoding]
-    show("search, S = 64, float32; L = 1 is decoding. Peers: their time / ours; parallel is resona.py's; nsa_topk is fla's,\n"
-         "which scores 16 heads for each search in tf32, always takes the first and last two chunks, returns no scores",
-         searches)
+    shapes = [(*sizes, torch.float32) for sizes in texts + batches + decoding]
+    shapes += [(*sizes, torch.bfloat16) for sizes in texts[:9:2] + batches + decoding]
+    searches = [row for shape in shapes for row in attempt(time_search, ms, *shape, peers)]
+    show("search, S = 64; L = 1 is decoding. Peers: their time / ours; parallel is resona.py's, which multiplies in\n"
+         "float32; nsa_topk is fla's, which scores 16 heads for each search, float32 in tf32, always takes the first\n"
+         "and last two chunks, returns no scores", searches)
     attends = [row for dtype in (torch.float32, torch.bfloat16)
-               for sizes in ((16, 220, 2, 4, 4, 16), (1, 16384, 4, 4, 4, 16), (1, 65536, 4, 8, 4, 64), (1, 65536, 16, 8, 4, 64))
-               for row in time_attend(ms, *sizes, dtype)]
-    show("attend. parallel: the time of resona.py's / ours", attends)
+               for sizes in ((16, 220, 110, 2, 4, 4, 16), (1, 16384, 4096, 4, 4, 4, 16), (1, 65536, 16384, 4, 8, 4, 64),
+                             (1, 65536, 4096, 16, 8, 4, 64), (1, 1, 16384, 4, 4, 4, 16), (16, 1, 4096, 4, 4, 4, 16))
+               for row in attempt(time_attend, ms, *sizes, dtype)]
+    show("attend; L = 1 is decoding. parallel: the time of resona.py's / ours", attends)
     if args.json:
         with open(args.json, "w") as file:
             json.dump({**machine, "rows": scans + searches + attends}, file, indent=1)
