@@ -661,7 +661,7 @@ def load(cls: type, path: str | Path, device: str | torch.device = "cpu", **chan
         model = cls(ResonaConfig(**{**data["config"], **changes}))
         model.load_state_dict(data["weights"], assign=True)
     except Exception as error:  # pickle, zip and torch have many
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise kind(f"{path} cannot be read as a Resona: {why}") from error
     return model.to(device)
@@ -707,7 +707,7 @@ def check_shapes(spec: str, *tensors: Tensor | None) -> None:
                 x.ndim == len(axes) and x.is_floating_point() and x.device == tensors[0].device
                 and all(size.setdefault(axis, n) == n and (n or axis == "M") for axis, n in zip(axes, x.shape))):
             got = ", ".join(f"{[*x.shape]} of {x.dtype} on {x.device}" for x in tensors if x is not None)
-            raise ValueError(f"tensors must be {spec}, a letter for each size, floating and on one device, got {got}")
+            raise ValueError(f"must be {spec}, a letter for each size of at least 1, floating, on one device, got {got}")
 
 
 def check_config(c: ResonaConfig) -> None:
