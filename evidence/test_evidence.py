@@ -11,7 +11,7 @@ import torch
 
 import train_toy
 from evidence import compare_search, cost, run, tasks
-from evidence.models import MODELS, NoRecurrence, count, make_model
+from evidence.models import MODELS, NoPositions, NoRecurrence, count, make_model
 from evidence.tasks import TASKS
 from resona import BACKBONES, Resona, ResonaConfig
 from train_toy import BATCH, IGNORE, UserError
@@ -179,7 +179,7 @@ def test_the_models_have_equal_parameters(name, backbone):
     assert len({len(layer.conv.weight) for model in models for layer in model.layers}) == 1  # one width
     kinds = [type(layer.backbone) for model in models for layer in model.layers]
     assert kinds == [kind for kind in (BACKBONES[backbone], BACKBONES[backbone], train_toy.CausalAttention,
-                                       NoRecurrence, train_toy.CausalAttention) for layer in range(2)]
+                                       NoRecurrence, NoPositions) for layer in range(2)]
 
 
 def test_retrieval_alone_does_not_read_what_is_not_counted():
