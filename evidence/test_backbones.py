@@ -1,5 +1,6 @@
 """Under any recurrence: it copies, check_backbone names what is wrong with one, its states can be handled, and a branch
-that starts closed. python -m pytest evidence/test_backbones.py -s"""
+that starts closed, also in a model that is trained already. Recurrences of packages that are not installed
+(evidence/requirements.txt) are skipped. python -m pytest evidence/test_backbones.py -s"""
 
 from copy import deepcopy
 
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 from test_resona import DeltaRule, gru, one_line, random_tokens, seed, small_model  # noqa: F401  (seed is a fixture)
 
 import train_toy
+from evidence import backbones
 from resona import BACKBONES, GatedRecurrence, Resona, ResonaConfig, Retrieval, SelectiveSSM, check_backbone
 from train_toy import Copying, copy_string, packed
 
@@ -94,3 +96,41 @@ def test_a_closed_branch_changes_nothing_until_it_is_trained():
     open_ = Retrieval(16)
     open_.load_state_dict(branch.state_dict(), strict=False)
     assert torch.equal(branch(z, u, y)[0], open_(z, u, y)[0])
+
+
+# ----------------------------------------------------------------------------- recurrences of other packages
+def foreign(name, d_model=16):
+    make, _ = backbones.FOREIGN[name]
+    try:
+        make(d_model)(torch.randn(1, 2, d_model))
+    except ImportError as error:
+        pytest.skip(f"{error.name} is not installed")
+    return make
+
+
+@pytest.mark.parametrize("name", backbones.FOREIGN)
+def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
+    """Alone and in a model, whose state's rows can be chosen, and which can be trained. In float32 some compute inside."""
+    make = foreign(name)
+    check_backbone(make(16), 16)
+    assert backbones.law_error(make(16), 16) < 1e-5
+    model, rows = small_model(make, n_layer=1), torch.tensor([2, 0, 2])
+    tokens = random_tokens(3, 27)
+    whole, _ = model.train()(tokens)
+    whole[:, 20:].logsumexp(-1).sum().backward()
+    assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in model.layers[0].backbone.parameters())
+    with torch.no_grad():
+        _, state = model.eval()(tokens[:, :18])
+        for t in range(18, 27):  # also one token at a time, and what training computes is what a test computes
+            logits, state = model(tokens[:, t:t + 1], state)
+            assert_close(logits[:, 0], whole[:, t], rtol=0, atol=1e-5)
+        _, state = model(tokens[:, :18])
+        assert_close(model(tokens[rows, 18:], state.select(rows))[0], whole[rows, 18:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["minGRU-pytorch minGRU", "transformers Mamba-2", "fla delta rule, naive"])
+def test_a_foreign_recurrence_copies_with_the_branch(name, monkeypatch):
+    monkeypatch.setattr(backbones, "ROW", 70)
+    score = backbones.copying(foreign(name), "resona", steps=120)
+    print(f"\n{name}: of 32 letters {score['32']:.3f} right, of 128 {score['128']:.3f}", end="")
+    assert score["32"] > 0.9
