@@ -131,6 +131,60 @@ def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
 @pytest.mark.parametrize("name", ["minGRU-pytorch minGRU", "transformers Mamba-2", "fla delta rule, naive"])
 def test_a_foreign_recurrence_copies_with_the_branch(name, monkeypatch):
     monkeypatch.setattr(backbones, "ROW", 70)
-    score = backbones.copying(foreign(name), "resona", steps=120)
+    score = backbones.copying(foreign(name), "resona", steps=90)
     print(f"\n{name}: of 32 letters {score['32']:.3f} right, of 128 {score['128']:.3f}", end="")
-    assert score["32"] > 0.9
+    assert score["32"] > 0.8
+
+
+# ---------------------------------------------------------------- in a model that is trained already
+@pytest.fixture
+def tiny():
+    """A Mamba of Hugging Face's, evidence.pretrained, and three rows of bytes."""
+    pytest.importorskip("transformers")
+    from evidence import pretrained
+    config = pretrained.MambaConfig(vocab_size=256, hidden_size=16, state_size=4, num_hidden_layers=2)
+    return pretrained, pretrained.MambaForCausalLM(config).eval(), random_tokens(3, 40, 256)
+
+
+def open_gates(model):
+    for block in model.backbone.layers:
+        torch.nn.init.ones_(block.mixer.branch.gate)
+    return model
+
+
+@torch.no_grad()
+def test_a_closed_branch_leaves_a_pretrained_model_as_it_is(tiny):
+    pretrained, model, tokens = tiny
+    before = model(tokens).logits
+    assert_close(pretrained.add_branch(model)(tokens).logits, before, rtol=0, atol=1e-6)
+    assert (open_gates(model)(tokens).logits - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_branch_in_a_pretrained_model_goes_with_its_own_cache(tiny, beams):
+    """Read once and then token by token, rows reordered by beam search, it writes what it writes without a cache."""
+    pretrained, model, tokens = tiny
+    open_gates(pretrained.add_branch(model))
+    cached, whole = (model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, num_beams=beams,
+                                    max_new_tokens=20, use_cache=use) for use in (True, False))
+    assert cached.shape == (3, 60) and torch.equal(cached, whole)
+
+
+def test_a_branch_in_a_pretrained_model_refuses_padding(tiny):
+    pretrained, model, tokens = tiny
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    one_line(ValueError, lambda: pretrained.add_branch(model)(tokens, attention_mask=mask), "padding", "equal length")
+
+
+def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path):
+    pretrained, model, tokens = tiny
+    report = pretrained.demonstrate(model.config, 2, tmp_path, strings=2)
+    kinds = ("trained on text", "with a closed branch", "the branch trained, the rest frozen", "saved and loaded")
+    base, closed, trained, loaded = (report[kind]["bits"] for kind in kinds)
+    assert closed == pytest.approx(base, abs=1e-6) and trained != closed and loaded == trained
+    after = pretrained.load(tmp_path / "base", tmp_path / "branch.pt")
+    frozen = pretrained.MambaForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    weights = after.state_dict()
+    for name, weight in frozen.items():
+        assert torch.equal(weight, weights[name.replace(".mixer.", ".mixer.mixer.")])
