@@ -1,4 +1,4 @@
-"""Recurrences of others under the branch: what an adapter costs, the state law, and copying with the branch and without.
+"""Recurrences of others under the branch: what an adapter costs, the state law, copying with the branch and without.
 
     pip install -r evidence/requirements.txt && python -m evidence.backbones
 
@@ -54,7 +54,7 @@ class MambaPy(nn.Module):
     def __init__(self, d_model: int):
         super().__init__()
         from mambapy.mamba import MambaBlock, MambaConfig
-        self.block = MambaBlock(MambaConfig(d_model, n_layers=1))
+        self.block = MambaBlock(MambaConfig(d_model, n_layers=1, expand_factor=1))
 
     def forward(self, u: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         if self.training and state is None:
@@ -69,7 +69,8 @@ class MambaPy(nn.Module):
 
 class HuggingFace(nn.Module):
     """A mixer of transformers. It changes its cache in place; the state is the cache's two tensors, and each call
-    writes them into a new cache. Mamba forgets a state when it is given more than one token: stepwise goes one by one."""
+    writes them into a new cache. Mamba forgets a state when it is given more than one token, so stepwise goes one by
+    one."""
 
     def __init__(self, mixer: type[nn.Module], config: Any, stepwise: bool = False):
         super().__init__()
@@ -88,7 +89,9 @@ class HuggingFace(nn.Module):
 
 def mamba(d_model: int) -> nn.Module:
     from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
-    return HuggingFace(MambaMixer, MambaConfig(hidden_size=d_model, num_hidden_layers=1, use_mambapy=True), stepwise=True)
+    config = MambaConfig(hidden_size=d_model, num_hidden_layers=1, expand=1, use_mambapy=True)
+    # its default, a loop over slices, has a gradient whose cost grows as L²
+    return HuggingFace(MambaMixer, config, stepwise=True)
 
 
 def mamba2(d_model: int) -> nn.Module:
@@ -176,7 +179,7 @@ FOREIGN: dict[str, tuple[Callable[[int], nn.Module], list[Callable]]] = {
 # ------------------------------------------------------------------------------------------------ measuring
 @torch.no_grad()
 def law_error(module: nn.Module, d_model: int, length: int = 40) -> float:
-    """The largest difference between one call and several, of outputs around 1, cut in the middle and token by token."""
+    """The largest difference between one call and several, cut in two and token by token, in float64."""
     u = torch.randn(3, length, d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     module, worst = module.double().eval(), 0.0
     whole, _ = module(u)
@@ -201,7 +204,8 @@ def copying(make: Callable[[int], nn.Module], name: str, steps: int = STEPS) -> 
         train_toy.train_step(model, optimizer, RATE * min((step + 1) / 20, 1 - step / steps), *rows)
     tests = {length: task.test(np.random.default_rng(1), length)[str(length)] for length in (32, 128)}
     scores = {length: train_toy.evaluate(model.eval(), rows, "cpu") for length, rows in tests.items()}
-    return {**{str(length): one["token_accuracy"] for length, one in scores.items()}, "parameters": train_toy.count(model)}
+    right = {str(length): one["token_accuracy"] for length, one in scores.items()}
+    return {**right, "parameters": train_toy.count(model)}
 
 
 def lines(sources: list[Callable]) -> int:
@@ -219,12 +223,17 @@ def measure(make: Callable[[int], nn.Module], adapter: list[Callable]) -> dict[s
 def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
     parser = argparse.ArgumentParser("evidence.backbones", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="of recurrences, or parts of names (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    report = {"torch": torch.__version__, "machine": platform.machine(), "steps": STEPS, "rate": RATE, "recurrences": {}}
+    known = json.loads(args.out.read_text())["recurrences"] if args.out.exists() and args.names else {}
+    report = {"torch": torch.__version__, "machine": platform.machine(), "steps": STEPS, "rate": RATE,
+              "recurrences": known}
     print(f"{'':<29}adapter  state law     alone: 32  128    branch: 32  128   parameters")
     for name, parts in FOREIGN.items():
+        if args.names and not any(part in name for part in args.names):
+            continue
         try:
             report["recurrences"][name] = one = measure(*parts)
         except ImportError as error:

@@ -88,7 +88,6 @@ def add_branch(model: MambaForCausalLM) -> MambaForCausalLM:
     model.requires_grad_(False)
     for block in model.backbone.layers:
         block.mixer = WithBranch(block.mixer, model.config.hidden_size).to(model.device, model.dtype)
-        block.mixer.mixer.requires_grad_(False)
     return model
 
 
@@ -150,7 +149,8 @@ def train(model: MambaForCausalLM, batch: Callable[[Rng], Rows], steps: int, rat
 def measure(model: MambaForCausalLM, held_out: np.ndarray, strings: int = 32) -> dict[str, float]:
     """Bits a byte of held-out text; and the share of letters right, by length, in copies that generate writes."""
     rng, report = np.random.default_rng(1), {}
-    report["bits"] = float(np.mean([loss_of(model, text_rows(rng, held_out, 8)).item() for _ in range(8)])) / math.log(2)
+    losses = [loss_of(model, text_rows(rng, held_out, 8)).item() for _ in range(8)]
+    report["bits"] = sum(losses) / len(losses) / math.log(2)
     for length in (32, 128):
         rows = torch.as_tensor(ALPHABET[np.stack([copy_string(rng, length)[0] for _ in range(strings)])])
         prompt, answer = rows.split([length + 2, length + 1], dim=1)  # $cat| and cat.

@@ -110,7 +110,7 @@ def foreign(name, d_model=16):
 
 @pytest.mark.parametrize("name", backbones.FOREIGN)
 def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
-    """Alone and in a model, whose state's rows can be chosen, and which can be trained. In float32 some compute inside."""
+    """Alone and in a model that can be trained, with a state whose rows can be chosen. Inside some compute in float32."""
     make = foreign(name)
     check_backbone(make(16), 16)
     assert backbones.law_error(make(16), 16) < 1e-5
