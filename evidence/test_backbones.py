@@ -1,5 +1,6 @@
 """Under any recurrence: it copies, check_backbone names what is wrong with one, its states can be handled, and a branch
-that starts closed. python -m pytest evidence/test_backbones.py -s"""
+that starts closed, also in a model that is trained already. Recurrences of packages that are not installed
+(evidence/requirements.txt) are skipped. python -m pytest evidence/test_backbones.py -s"""
 
 from copy import deepcopy
 
@@ -12,8 +13,9 @@ from torch.testing import assert_close
 from test_resona import DeltaRule, gru, one_line, random_tokens, seed, small_model  # noqa: F401  (seed is a fixture)
 
 import train_toy
-from resona import BACKBONES, GatedRecurrence, Resona, ResonaConfig, Retrieval, SelectiveSSM
+from evidence import backbones
 from evidence.check_backbone import check_backbone
+from resona import BACKBONES, GatedRecurrence, Resona, ResonaConfig, Retrieval, SelectiveSSM
 from train_toy import Copying, copy_string, packed
 
 
@@ -95,3 +97,95 @@ def test_a_closed_branch_changes_nothing_until_it_is_trained():
     open_ = Retrieval(16)
     open_.load_state_dict(branch.state_dict(), strict=False)
     assert torch.equal(branch(z, u, y)[0], open_(z, u, y)[0])
+
+
+# ----------------------------------------------------------------------------- recurrences of other packages
+def foreign(name, d_model=16):
+    make, _ = backbones.FOREIGN[name]
+    try:
+        make(d_model)(torch.randn(1, 2, d_model))
+    except ImportError as error:
+        pytest.skip(f"{error.name} is not installed")
+    return make
+
+
+@pytest.mark.parametrize("name", backbones.FOREIGN)
+def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
+    """Alone and in a model that can be trained, with a state whose rows can be chosen. Inside some compute in float32."""
+    make = foreign(name)
+    check_backbone(make(16), 16)
+    assert backbones.law_error(make(16), 16) < 1e-5
+    model, rows = small_model(make, n_layer=1), torch.tensor([2, 0, 2])
+    tokens = random_tokens(3, 27)
+    whole, _ = model.train()(tokens)
+    whole[:, 20:].logsumexp(-1).sum().backward()
+    assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in model.layers[0].backbone.parameters())
+    with torch.no_grad():
+        _, state = model.eval()(tokens[:, :18])
+        for t in range(18, 27):  # also one token at a time, and what training computes is what a test computes
+            logits, state = model(tokens[:, t:t + 1], state)
+            assert_close(logits[:, 0], whole[:, t], rtol=0, atol=1e-5)
+        _, state = model(tokens[:, :18])
+        assert_close(model(tokens[rows, 18:], state.select(rows))[0], whole[rows, 18:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["minGRU-pytorch minGRU", "transformers Mamba-2", "fla delta rule, naive"])
+def test_a_foreign_recurrence_copies_with_the_branch(name, monkeypatch):
+    monkeypatch.setattr(backbones, "ROW", 70)
+    score = backbones.copying(foreign(name), "resona", steps=90)
+    print(f"\n{name}: of 32 letters {score['32']:.3f} right, of 128 {score['128']:.3f}", end="")
+    assert score["32"] > 0.8
+
+
+# ---------------------------------------------------------------- in a model that is trained already
+@pytest.fixture
+def tiny():
+    """A Mamba of Hugging Face's, evidence.pretrained, and three rows of bytes."""
+    pytest.importorskip("transformers")
+    from evidence import pretrained
+    config = pretrained.MambaConfig(vocab_size=256, hidden_size=16, state_size=4, num_hidden_layers=2)
+    return pretrained, pretrained.MambaForCausalLM(config).eval(), random_tokens(3, 40, 256)
+
+
+def open_gates(model):
+    for block in model.backbone.layers:
+        torch.nn.init.ones_(block.mixer.branch.gate)
+    return model
+
+
+@torch.no_grad()
+def test_a_closed_branch_leaves_a_pretrained_model_as_it_is(tiny):
+    pretrained, model, tokens = tiny
+    before = model(tokens).logits
+    assert_close(pretrained.add_branch(model)(tokens).logits, before, rtol=0, atol=1e-6)
+    assert (open_gates(model)(tokens).logits - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_branch_in_a_pretrained_model_goes_with_its_own_cache(tiny, beams):
+    """Read once and then token by token, rows reordered by beam search, it writes what it writes without a cache."""
+    pretrained, model, tokens = tiny
+    open_gates(pretrained.add_branch(model))
+    cached, whole = (model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, num_beams=beams,
+                                    max_new_tokens=20, use_cache=use) for use in (True, False))
+    assert cached.shape == (3, 60) and torch.equal(cached, whole)
+
+
+def test_a_branch_in_a_pretrained_model_refuses_padding(tiny):
+    pretrained, model, tokens = tiny
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    one_line(ValueError, lambda: pretrained.add_branch(model)(tokens, attention_mask=mask), "padding", "equal length")
+
+
+def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path):
+    pretrained, model, tokens = tiny
+    report = pretrained.demonstrate(model.config, 2, tmp_path, strings=2)
+    kinds = ("trained on text", "with a closed branch", "the branch trained, the rest frozen", "saved and loaded")
+    base, closed, trained, loaded = (report[kind]["bits"] for kind in kinds)
+    assert closed == pytest.approx(base, abs=1e-6) and trained != closed and loaded == trained
+    after = pretrained.load(tmp_path / "base", tmp_path / "branch.pt")
+    frozen = pretrained.MambaForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    weights = after.state_dict()
+    for name, weight in frozen.items():
+        assert torch.equal(weight, weights[name.replace(".mixer.", ".mixer.mixer.")])

@@ -1,0 +1,208 @@
+"""The branch in a model that is trained already: Hugging Face's Mamba, frozen, learns to copy.
+
+    pip install -r evidence/requirements.txt && python -m evidence.pretrained
+
+1. A small MambaForCausalLM is trained on text, the documentation inside Python, byte by byte, for some minutes.
+2. A closed branch goes into each mixer. Its gate is zero, so no logit changes.
+3. The branch alone is trained to copy strings, on rows of which a quarter are text; the model's own weights are frozen.
+4. The model's own generate copies with it, after saving and loading as well: the branch is a file beside the model's.
+
+To load real weights in the place of step 1, and then train on rows made by their own tokenizer:
+
+    model = MambaForCausalLM.from_pretrained("state-spaces/mamba-130m-hf")
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import MambaConfig, MambaForCausalLM, logging
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from evidence.tasks import read_text
+from resona import Retrieval, ShortConv
+from train_toy import IGNORE, Rng, Rows, copy_string, packed, shift
+
+RESULTS = Path(__file__).parent / "results" / "pretrained.json"
+ROW = 256                                                       # bytes
+ALPHABET = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz$|.", np.uint8).astype(np.int64)  # of train_toy's strings
+
+
+# -------------------------------------------------------------------------------- the branch, in every mixer
+class WithBranch(nn.Module):
+    """A mixer, and the branch beside it: in the place of y = mixer(z), a mix of y and what was found."""
+
+    def __init__(self, mixer: nn.Module, d_model: int):
+        super().__init__()
+        self.mixer, self.conv = mixer, ShortConv(d_model, 4)
+        self.branch = Retrieval(d_model, chunk_size=2, closed=True)
+
+    def forward(self, z: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("the branch cannot read padding: give rows of equal length, or one at a time")
+        state = BranchState.of(cache, self.mixer.layer_idx)
+        y = self.mixer(z, cache=cache)
+        u, state.conv = self.conv(z, state.conv)
+        y, state.memory = self.branch(z, u, y, state.memory)
+        return y
+
+
+class BranchState(LinearAttentionLayer):
+    """What the model's own cache keeps of a layer, and beside it what the branch has read."""
+
+    conv, memory = None, None
+    is_compileable = False  # the memory grows
+
+    @classmethod
+    def of(cls, cache: Cache | None, layer: int) -> BranchState:
+        """The state in this layer of a cache, of which a new one takes the place as long as the layer is empty."""
+        if cache is None:
+            return cls()
+        if not isinstance(cache.layers[layer], cls):
+            cache.layers[layer] = cls()
+        return cache.layers[layer]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.conv, self.memory = tree_map_only(
+            Tensor, lambda x: x.index_select(0, beam_idx.to(x.device)), (self.conv, self.memory))
+
+    def reset(self) -> None:
+        super().reset()
+        self.conv, self.memory = None, None
+
+
+def add_branch(model: MambaForCausalLM) -> MambaForCausalLM:
+    """Freeze the model and put a closed branch into every layer."""
+    model.requires_grad_(False)
+    for block in model.backbone.layers:
+        block.mixer = WithBranch(block.mixer, model.config.hidden_size).to(model.device, model.dtype)
+    return model
+
+
+def branch_weights(model: MambaForCausalLM) -> dict[str, Tensor]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def load(base: Path, branch: Path) -> MambaForCausalLM:
+    """A model that save_pretrained wrote, or one's name, and the branch that was trained in it."""
+    model = add_branch(MambaForCausalLM.from_pretrained(base))
+    weights = torch.load(branch, weights_only=True)
+    if weights.keys() != branch_weights(model).keys():
+        raise ValueError(f"{branch} is of another model")
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+# -------------------------------------------------------------------------------- rows, training, measuring
+def text_rows(rng: Rng, text: np.ndarray, rows: int) -> Rows:
+    at = rng.integers(0, len(text) - ROW, rows)
+    return shift([text[i:i + ROW + 1] for i in at], np.ones((rows, ROW + 1), dtype=bool))
+
+
+def copy_rows(inputs: np.ndarray, targets: np.ndarray) -> Rows:
+    """Rows of train_toy's copying, in bytes: $cat|cat."""
+    return ALPHABET[inputs], np.where(targets == IGNORE, IGNORE, ALPHABET[targets.clip(0)])
+
+
+def both_rows(rng: Rng, text: np.ndarray) -> Rows:
+    """Six rows of strings to copy, two of text, so that the branch learns where to keep out of it."""
+    strings = copy_rows(*(x[:6] for x in packed(rng, copy_string, 4, 32, ROW)))
+    return tuple(np.concatenate(parts) for parts in zip(strings, text_rows(rng, text, 2)))
+
+
+def loss_of(model: MambaForCausalLM, rows: Rows) -> Tensor:
+    """Cross-entropy, over the targets that are scored."""
+    inputs, targets = map(torch.as_tensor, rows)
+    return F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+def train(model: MambaForCausalLM, batch: Callable[[Rng], Rows], steps: int, rate: float) -> None:
+    """Train what is not frozen."""
+    model.train()
+    weights, rng = [x for x in model.parameters() if x.requires_grad], np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=0.01)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 20, 1 - step / steps)
+        loss = loss_of(model, batch(rng))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(f"  step {step + 1}: loss {loss:.3f}", file=sys.stderr)
+    model.eval()
+
+
+@torch.no_grad()
+def measure(model: MambaForCausalLM, held_out: np.ndarray, strings: int = 32) -> dict[str, float]:
+    """Bits a byte of held-out text; and the share of letters right, by length, in copies that generate writes."""
+    rng, report = np.random.default_rng(1), {}
+    losses = [loss_of(model, text_rows(rng, held_out, 8)).item() for _ in range(8)]
+    report["bits"] = sum(losses) / len(losses) / math.log(2)
+    for length in (32, 128):
+        rows = torch.as_tensor(ALPHABET[np.stack([copy_string(rng, length)[0] for _ in range(strings)])])
+        prompt, answer = rows.split([length + 2, length + 1], dim=1)  # $cat| and cat.
+        written = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                                 min_new_tokens=length + 1, max_new_tokens=length + 1)
+        report[f"copied {length}"] = (written[:, length + 2:] == answer).float().mean().item()
+    return report
+
+
+# ------------------------------------------------------------------------------------------ all of it, in order
+def demonstrate(config: MambaConfig, steps: int, out: Path, strings: int = 32) -> dict[str, Any]:
+    torch.manual_seed(0)
+    text, _, held_out = read_text(None)
+    model, report, both = MambaForCausalLM(config), {}, lambda rng: both_rows(rng, text)
+    train(model, lambda rng: text_rows(rng, text, 8), steps, rate=1e-2)
+    model.save_pretrained(out / "base")
+    report["trained on text"] = measure(model, held_out, strings)
+    whole = deepcopy(model)
+    train(whole, both, steps, rate=3e-3)
+    report["all of it trained on, without a branch"] = measure(whole, held_out, strings)
+
+    tokens = torch.as_tensor(text_rows(np.random.default_rng(2), held_out, 8)[0])
+    with torch.no_grad():
+        before = model(tokens).logits
+        change = (add_branch(model)(tokens).logits - before).abs().max().item()
+    report["with a closed branch"] = {**measure(model, held_out, strings), "change of logits": change}
+    train(model, both, steps, rate=3e-3)
+    report["the branch trained, the rest frozen"] = measure(model, held_out, strings)
+    torch.save(branch_weights(model), out / "branch.pt")
+    report["saved and loaded"] = measure(load(out / "base", out / "branch.pt"), held_out, strings)
+    return report
+
+
+def main(argv: list[str]) -> int:
+    """Run with these flags -> exit status."""
+    parser = argparse.ArgumentParser("evidence.pretrained", description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=400, help="of each of the three trainings (default: 400)")
+    parser.add_argument("--out", type=Path, default=Path("out/pretrained"), help="default: out/pretrained")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results")
+    args = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = MambaConfig(vocab_size=256, hidden_size=64, state_size=8, num_hidden_layers=2, use_mambapy=True)
+    report = demonstrate(config, args.steps, args.out)
+    args.results.write_text(json.dumps({"torch": torch.__version__, "steps": args.steps, "results": report}, indent=1))
+    print(f"{'':<40}held-out bits  copied by generate: 32 letters  128 letters")
+    for name, one in report.items():
+        print(f"{name:<40}{one['bits']:>13.3f}{one['copied 32']:>31.3f}{one['copied 128']:>13.3f}")
+    print(f"the closed branch changed logits by at most {report['with a closed branch']['change of logits']:.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
