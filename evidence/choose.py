@@ -42,8 +42,8 @@ MODELS = {"resona": "Resona", "transformer": "Transformer, rotary", "nope": "Tra
 
 
 def rows(task: str, length: int) -> Rows:
-    """Of so many tokens, or a few less; as many rows as have 65,536 tokens, at most 64."""
-    rng, count = np.random.default_rng([0, 1, length]), min(64, 65536 // length)
+    """Of so many tokens, or a few less; as many rows as have 32,768 tokens, at most 64."""
+    rng, count = np.random.default_rng([0, 1, length]), min(64, 32768 // length)
     if task == "mqar":
         return mqar_rows(rng, count, length, 32, TASKS["mqar"].vocab_size)
     if task == "bilingual":

@@ -145,21 +145,23 @@ def choice() -> None:
     report = json.loads(choose.RESULTS.read_text())
     style = {"Resona, k = 1 to 32": ("resona k=", BLUE, "o-"), "Resona, inverted file": ("resona ivf", ORANGE, "o:"),
              "Transformer, rotary": ("transformer", RED, "v"), "Transformer, no positions": ("nope", GREEN, "d"),
-             "recurrences, states of 1, 4, 16": ("ssm", GREY, "s--")}
+             "recurrences, state of 1, 4, 16": ("ssm", GREY, "s--")}
     lengths = [*report["microseconds_a_token"]]
     figure, axes = plt.subplots(len(lengths), 3, figsize=(9, 2.1 * len(lengths) + 0.9), sharex=True, sharey=True)
     for (row, length), (column, task) in itertools.product(enumerate(lengths), enumerate(report["results"])):
         ax, scores, time = axes[row, column], report["results"][task][length], report["microseconds_a_token"][length]
         for label, (start, colour, line) in style.items():
             shown = [name for name in scores if name.startswith(start)]
-            ax.semilogx([time[name]["prompt"] / 1000 for name in shown],
-                        [scores[name]["token_accuracy"] for name in shown], line, color=colour, label=label, ms=5)
+            ax.semilogx([time[name]["prompt"] for name in shown],
+                        [scores[name]["token_accuracy"] for name in shown],
+                        line, color=colour, label=label, ms=5 if shown[1:] else 8)
         if row == 0:
             ax.set_title({"copy": "copying", "mqar": "MQAR", "bilingual": "bilingual"}[task])
-        ax.text(0.97, 0.06, f"{int(length):,} tokens", transform=ax.transAxes, ha="right", fontsize=10)
-        ax.set_ylim(-0.05, 1.05)
-    figure.supylabel("share of tokens right", fontsize=11)
-    figure.supxlabel("ms a token, reading a row of this length at once, one thread", fontsize=11)
+        if column == 0:
+            ax.set_ylabel(f"{int(length):,} tokens:\nshare right")
+        ax.set(ylim=(-0.07, 1.07), xticks=(5, 10, 20, 50, 100), xticklabels=("5", "10", "20", "50", "100"))
+        ax.minorticks_off()
+    figure.supxlabel("µs a token, reading a row of this length at once, one thread", fontsize=11)
     figure.legend(*axes[-1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(PICTURES / "choose.png")
 
