@@ -1,12 +1,13 @@
 """The pictures of the README, drawn from what was measured: python -m evidence.draw results.json [results.json ...]
 
-Writes evidence/pictures/architecture.png; of what evidence.cost wrote, cost.png; and of the results.json files given (one
-or more seeds of copying, of all models), accuracy.png. Colours are those of Okabe and Ito, which colour-blind readers
-can tell apart.
+Writes evidence/pictures/architecture.png; of what evidence.cost and evidence.choose wrote, cost.png and choose.png; and
+of the results.json files given (one or more seeds of copying, of all models), accuracy.png. Colours are those of Okabe
+and Ito, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from evidence import choose
 from evidence.cost import RESULTS
 
 PICTURES = Path(__file__).with_name("pictures")
@@ -122,12 +124,14 @@ def accuracy(files: list[str]) -> None:
 def cost() -> None:
     """Time a token by length, of training, reading a prompt and decoding."""
     kinds = json.loads(RESULTS.read_text())["microseconds_a_token"]
-    style = {"recurrence": (GREY, "s--"), "Resona": (BLUE, "o-"), "Resona, ivf": (ORANGE, "o:"), "attention": (RED, "v--")}
+    style = {"recurrence": (GREY, "s--"), "Resona": (BLUE, "o-"), "Resona, ivf": (ORANGE, "o:"),
+             "attention": (RED, "v--")}
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
     for ax, (kind, models) in zip(axes, kinds.items()):
         for name, by_length in models.items():
             colour, line = style[name]
-            ax.loglog([int(n) for n in by_length], [by_length[n] / 1000 for n in by_length], line, color=colour, label=name)
+            ax.loglog([int(n) for n in by_length], [by_length[n] / 1000 for n in by_length], line, color=colour,
+                      label=name)
         ax.set_xscale("log", base=2)
         ax.set(title=kind, xlabel="tokens of text", xticks=[256, 2048, 16384], xticklabels=["256", "2k", "16k"])
         ax.minorticks_off()
@@ -136,10 +140,38 @@ def cost() -> None:
     figure.savefig(PICTURES / "cost.png")
 
 
+def choice() -> None:
+    """Accuracy against the time of reading a token: a row of panels for each length, a column for each task."""
+    report = json.loads(choose.RESULTS.read_text())
+    style = {"Resona, k = 1 to 32": ("resona k=", BLUE, "o-"), "Resona, inverted file": ("resona ivf", ORANGE, "o:"),
+             "Transformer, rotary": ("transformer", RED, "v"), "Transformer, no positions": ("nope", GREEN, "d"),
+             "recurrences, state of 1, 4, 16": ("ssm", GREY, "s--")}
+    lengths = [*report["microseconds_a_token"]]
+    figure, axes = plt.subplots(len(lengths), 3, figsize=(9, 2.1 * len(lengths) + 0.9), sharex=True, sharey=True)
+    for (row, length), (column, task) in itertools.product(enumerate(lengths), enumerate(report["results"])):
+        ax, scores, time = axes[row, column], report["results"][task][length], report["microseconds_a_token"][length]
+        for label, (start, colour, line) in style.items():
+            shown = [name for name in scores if name.startswith(start)]
+            ax.semilogx([time[name]["prompt"] for name in shown],
+                        [scores[name]["token_accuracy"] for name in shown],
+                        line, color=colour, label=label, ms=5 if shown[1:] else 8)
+        if row == 0:
+            ax.set_title({"copy": "copying", "mqar": "MQAR", "bilingual": "bilingual"}[task])
+        if column == 0:
+            ax.set_ylabel(f"{int(length):,} tokens:\nshare right")
+        ax.set(ylim=(-0.07, 1.07), xticks=(5, 10, 20, 50, 100), xticklabels=("5", "10", "20", "50", "100"))
+        ax.minorticks_off()
+    figure.supxlabel("µs a token, reading a row of this length at once, one thread", fontsize=11)
+    figure.legend(*axes[-1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(PICTURES / "choose.png")
+
+
 if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
     architecture()
     if RESULTS.exists():
         cost()
+    if choose.RESULTS.exists():
+        choice()
     if sys.argv[1:]:
         accuracy(sys.argv[1:])

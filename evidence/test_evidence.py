@@ -1,4 +1,4 @@
-"""Tests of the ten tasks and of what runs them: python -m pytest evidence"""
+"""Tests of the tasks and of what runs them: python -m pytest evidence"""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_toy
-from evidence import compare_search, cost, run, tasks
+from evidence import choose, compare_search, cost, run, tasks
 from evidence.models import MODELS, NoPositions, NoRecurrence, count, make_model
 from evidence.tasks import TASKS
 from resona import BACKBONES, Resona, ResonaConfig
@@ -453,3 +453,42 @@ def test_cost_measures_every_model(tmp_path, capsys):
     assert all(by_length["256"] > 0 for models in kinds.values() for name, by_length in models.items() if by_length)
     assert not kinds["training"]["Resona, ivf"] and "µs a token, prompt" in capsys.readouterr().out
     assert cost.main(["--longest", "100"]) == 2 and "at least 256, got 100" in capsys.readouterr().err
+
+
+def test_choose_scores_and_times_every_model(tmp_path, monkeypatch):
+    for name, value in (("LENGTHS", (128, 256)), ("OPENED", (1, 4)), ("RESULTS", tmp_path / "choose.json"),
+                        ("IVF", {"search": "ivf", "n_list": 2, "n_probe": 1})):
+        monkeypatch.setattr(choose, name, value)
+    for module in (choose, cost):
+        monkeypatch.setattr(module, "DECODED", 1)
+    for task in ("copy", "mqar", "bilingual"):
+        monkeypatch.setattr(TASKS[task], "steps", 1)
+        inputs = choose.rows(task, 128)[0]
+        assert (inputs < TASKS[task].vocab_size).all() and 126 <= inputs.shape[1] <= 128
+    assert choose.main(["--out", str(tmp_path)]) == 0
+    first = json.loads(choose.RESULTS.read_text())
+    labels = {"resona k=1", "resona k=4", *choose.MODELS} - {"resona"}
+    assert set(first["results"]) == {"copy", "mqar", "bilingual"}
+    for cells in (*first["results"].values(), first["microseconds_a_token"]):
+        assert set(cells["128"]) == labels and set(cells["256"]) == labels | {"resona ivf k=1", "resona ivf k=4"}
+    assert choose.main(["--out", str(tmp_path), "--times"]) == 0  # from the files of the models
+    again = json.loads(choose.RESULTS.read_text())
+    assert again["results"] == first["results"] and again["microseconds_a_token"] != first["microseconds_a_token"]
+
+
+def test_choose_counts_what_is_attended_and_kept():
+    models = {name: (make_model(name, "gated", TASKS["copy"]()) if name in MODELS else
+                     choose.recurrence(name, TASKS["copy"]())) for name in choose.MODELS}
+    tokens = torch.randint(0, 30, (1, 50), generator=torch.Generator().manual_seed(0))
+    for k in (1, 4, 32):
+        opened = models["resona"].inspect(tokens, k)[0]["index"] >= 0
+        assert choose.attended(models["resona"], k, 50) == pytest.approx(2 * opened.sum().item() / 50)
+    assert choose.attended(models["nope"], None, 50) == sum(range(1, 51)) / 50
+    assert choose.attended(models["ssm4"], None, 50) == 0
+    short, long = ({name: choose.state_bytes(model, n) for name, model in models.items()} for n in (50, 100))
+    assert {name for name in models if long[name] > short[name]} == {"resona", "transformer", "nope"}
+    D = models["nope"].config.d_model  # in a layer a key and a value of D channels, and the convolution's three tokens
+    assert short["nope"] == 2 * 4 * D * (2 * 50 + 3)
+    for n in (1, 4, 16):
+        assert long[f"ssm{n}"] == 2 * 4 * models[f"ssm{n}"].config.d_model * (n + 3)
+    assert max(map(count, models.values())) <= 1.01 * min(map(count, models.values()))
