@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Iterator
@@ -30,8 +29,8 @@ from evidence.cost import DECODED, decoding, prompt, shortest
 from evidence.models import make_model
 from evidence.run import evaluate
 from evidence.tasks import TASKS, mqar_rows
-from resona import BACKBONES, Resona, ResonaConfig, SelectiveSSM
-from train_toy import Rows, bilingual_rows, copy_string, resize, shift, train
+from resona import BACKBONES, Resona, SelectiveSSM
+from train_toy import Rows, copy_string, shift, train
 
 RESULTS = Path(__file__).with_name("results") / "choose.json"
 LENGTHS, OPENED = (512, 2048, 8192), (1, 2, 4, 8, 16, 32)
@@ -47,7 +46,7 @@ def rows(task: str, length: int) -> Rows:
     if task == "mqar":
         return mqar_rows(rng, count, length, 32, TASKS["mqar"].vocab_size)
     if task == "bilingual":
-        return bilingual_rows(rng, count, 16, length - 48, stay=64)
+        return TASKS[task]().rows(rng, count, 16, questions=length - 48, stay=64)
     return shift(*map(np.stack, zip(*(copy_string(rng, length // 2 - 1) for _ in range(count)))))
 
 
@@ -57,18 +56,12 @@ def model_of(name: str, task_name: str, out: Path) -> Resona:
     if path.exists():
         return Resona.load(path)
     torch.manual_seed(0)
-    model = make_model(name, "gated", task) if name in ("resona", "transformer", "nope") else recurrence(name, task)
+    model = make_model(name, "gated", task)  # all as large as Resona on the gated recurrence
     task.lr = {**task.lr, **dict.fromkeys(MODELS.keys() - task.lr.keys(), task.lr["recurrence"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     train(name, model, task, argparse.Namespace(
         task=task_name, seed=0, device="cpu", out=path.parent, resume=False, save_every=10**9))
     return model
-
-
-def recurrence(name: str, task: Any) -> Resona:
-    """As large as Resona on the gated recurrence."""
-    resona = ResonaConfig(task.vocab_size, **task.config)
-    return resize(replace(resona, backbone=name, retrieval=False), resona)
 
 
 def searches(name: str, task: str, length: int, out: Path) -> Iterator[tuple[str, Resona, int | None]]:
