@@ -413,7 +413,7 @@ if HAS_TRITON:
 # ------------------------------------------------------------------- 6. attend: autograd and the function
 def attend_slab(k: Tensor) -> tuple[int, int]:
     """The size of a chunk's slab, and the number of warps that hold it."""
-    size = math.prod(1 << (n - 1).bit_length() for n in k.shape[2:])
+    size = math.prod([1 << (n - 1).bit_length() for n in k.shape[2:]])  # a list, which torch.compile can trace
     return size, max(1, min(8, size // 512))
 
 
