@@ -277,7 +277,7 @@ def make_parser(tasks=TASKS, models=MODELS) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--task", choices=[*tasks], default="copy", help="what to learn (default: copy)")
     add("--model", choices=[*models, "all"], default="all", help="which to train (default: all)")
-    add("--backbone", choices=[b for b in BACKBONES if b not in models], default="gated", help="default: gated")
+    add("--backbone", choices=sorted({*BACKBONES} - {*models}), default="gated", help="the recurrence (default: gated)")
     add("--steps", type=int, help="of each model's training (default: the task's own)")
     add("--lr", type=float, help="peak learning rate (default: the task's own, for each model)")
     add("--seed", type=int, default=0, help="of weights and data (default: 0)")
