@@ -1,4 +1,4 @@
-"""Resona: a linear recurrence that can look its context up again, in one file.
+"""Resona: a linear recurrence that can look its context up again.
 
 After Wang et al., "Resona: Improving Context Copying in Linear Recurrence Models with Retrieval",
 arXiv 2503.22913 (2025). A linear recurrence (Mamba, RWKV, DeltaNet) reads each token at constant cost into
@@ -6,16 +6,17 @@ a state of fixed size, so it cannot copy a text that is longer than the state ca
 recurrent layer a second branch, which keeps the text in chunks, searches them, and attends to the best:
 
     x ──► norm ──► z ──► short conv ──► u ──► backbone (linear recurrence) ──► y ──────────┐
-                   │                    │                                      │ asks      │
+                   │                    │                                      │ y, u ask  │
                    └───► remember ◄─────┘                                      ▼           ▼
                          chunks of U tokens ─────────────────► search ──► attend ──► r ──► mix: (1-α)·y + α·r
                                                                the best K
 
-Letters, the same throughout (k, U and α are the paper's, the others ours):
+Letters, the same throughout (U, α and k, here K, are the paper's, the others ours):
     B  batch                      U  tokens per chunk                    S  width of the search
     L  length of this call        M  chunks that are finished so far     H  attention heads
     D  model width                K  chunks that a token opens: its k    E  width of a head, D / H
     W  width of the convolution   N  states per channel (SelectiveSSM)   α  mixing coefficient, one per token
+    c  search keys of chunks      k, v  keys and values of tokens        q  queries        n  how many, as said there
 
 Part I is the whole model, slow, and needs torch alone. Part II puts fast twins in the place of its three loops.
 """
@@ -79,8 +80,9 @@ class Resona(nn.Module):
     def forward(self, tokens: Tensor, state: State | None = None, top_k: int | None = None,
                 last: bool = False) -> tuple[Tensor, State]:
         """tokens: (B, L) int64 -> logits (B, L, vocab_size) for the token after each, and the state after all.
-        The state law: however a text is cut into calls, the logits are the same: model(tokens) or model(tokens[:, :i])
-        and then model(tokens[:, i:], state). top_k replaces config.top_k; last: the last logits alone, L = 1."""
+        The state law: however a text is cut into calls, the logits are the same, for all goes by absolute position, and
+        a state has the convolution's last tokens, the recurrence's state, the finished chunks, and the tokens that wait
+        for theirs. top_k replaces config.top_k; last: the last logits alone, L = 1."""
         check_call(self, tokens, state, top_k)
         x, layers = self.embedding(tokens), []  # (B, L, D)
         for i, layer in enumerate(self.layers):
@@ -149,7 +151,7 @@ class Memory(NamedTuple):
     c: Tensor  # (B, M, S) search keys, one per chunk
     k: Tensor  # (B, M, U, H, E) token keys
     v: Tensor  # (B, M, U, H, E) token values
-    u: Tensor  # (B, 1 + n, D) features of the waiting tokens, and of the one before them
+    u: Tensor  # (B, 1 + n, D) features of the waiting tokens, and of the one before, which makes the first one's key
     z: Tensor  # (B, n, D) layer inputs of the waiting tokens
     lists: Any = None  # of the inverted file, in Part II
 
@@ -176,7 +178,7 @@ class Retrieval(nn.Module):
     def forward(self, z: Tensor, u: Tensor, y: Tensor, memory: Memory | None = None,
                 top_k: int | None = None) -> tuple[Tensor, Memory]:
         check_shapes("BLD BLD BLD", z, u, y)  # y has the backbone's shape
-        memory = self.remember(z, u, memory)
+        memory = self.remember(z, u, memory)  # with these tokens: the search hides from each what ends after it
         read = memory.k.shape[1] * self.chunk_size + memory.z.shape[1]  # tokens so far, these included
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D): the output asks, with the short features
         query = self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)  # of length 1, sharpened
@@ -225,9 +227,9 @@ class ChunkEncoder(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """u: (B, 1 + M·U, D), from one token before the first chunk -> c: (B, M, S)."""
         U, M = self.chunk_size, (u.shape[1] - 1) // self.chunk_size
-        inside = u[:, :M * U].unflatten(1, (M, U))  # (B, M, U, D), u[j-1] for each token j of the chunk
-        window = torch.cat([inside.flatten(2), u[:, U::U]], dim=-1)  # (B, M, (U + 1)·D), its last token too
-        return F.normalize(self.each(inside.sum(2)) + self.order(window), dim=-1)
+        before = u[:, :M * U].unflatten(1, (M, U))  # (B, M, U, D), u[j-1] for each token j of the chunk
+        window = torch.cat([before.flatten(2), u[:, U::U]], dim=-1)  # (B, M, (U + 1)·D), with the chunk's last token
+        return F.normalize(self.each(before.sum(2)) + self.order(window), dim=-1)
 
 
 # ---------------------------------------------------------------------- the three loops, as they are meant
@@ -281,7 +283,7 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
 # (B, L, D), the state anything. nn.GRU(D, D, batch_first=True) is one. The residual connection is the layer's.
 
 class GatedRecurrence(nn.Module):
-    """h = a·h + (1-a)·v, output linear (h · silu(g)), with a = sigmoid, and v and g, linear in the input."""
+    """h[t] = a·h[t-1] + (1-a)·v, output linear (h · silu(g)), with a = sigmoid, and v and g, linear in the input."""
 
     def __init__(self, d_model: int):
         super().__init__()
@@ -327,15 +329,14 @@ make_backbone = lambda c: (BACKBONES.get(c.backbone) or c.backbone)(c.d_model)
 make_branch = lambda c: Retrieval(c.d_model, c.n_head, c.chunk_size, c.top_k, c.d_search,
                                   n_list=c.n_list if c.search == "ivf" else 0, n_probe=c.n_probe)
 wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # in float32 at least
-scan, search, attend = scan_naive, search_naive, attend_naive  # Part II rebinds what follows:
-append = lambda past, new: torch.cat([past, new], dim=1)  # fast versions, and real checks
+scan, search, attend = scan_naive, search_naive, attend_naive  # These are looked up whenever they are called:
+append = lambda past, new: torch.cat([past, new], dim=1)  # Part II binds the names to fast versions and real checks.
 check = check_int = check_config = check_call = check_shapes = lambda *_: None
 # ============================================================================================= END OF PART I
 
 
 # ==================================================================================== PART II: THE SAME, FAST
-# 1 scan, 2 search, 3 attend: tests hold them equal to those of Part I, in values and in gradients.
-# 4 approximate search. 5 memory that grows. 6 the switch. 7 for use: a look inside, files. 8 checks.
+# 1 scan, 2 search, 3 attend (held equal to Part I by tests), 4 approximate search, 5 memory, 6 switch, 7 use, 8 checks
 
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -351,15 +352,14 @@ import kernels
 #    leaves it is known from two numbers a channel, the product of its a and where it ends if it starts at zero.
 #    So L steps stand in a grid of about √L blocks of √L steps, and a column of it is one operation:
 #
-#        block 0   h[0] → h[1] → h[2] → h[3] ─┐     first    all rows at once, each from zero: its two numbers;
-#        block 1   h[4] → h[5] → h[6] → h[7] ◄┘     then     down the side, where each row really starts;
-#        block 2   h[8] → …                         at last  all rows at once again, from there.
-#
-#    That is 3·√L operations, not L. Running twice moves less memory than keeping the products, and nothing is
-#    divided by one, which underflows. Steps that are left over, L mod √L, go one by one.
+#        block 0   h[0] → h[1] → h[2] → h[3]     first    all rows at once, column by column, from zero: its numbers;
+#        block 1   h[4] → h[5] → h[6] → h[7]     then     row by row, from these, where each really starts;
+#        block 2   h[8] → …                      at last  all rows at once again, from there.
+#    That is some 4·√L operations, not L. Running twice moves less memory than keeping the products, and nothing is
+#    divided by one, which underflows. The steps that are left over, fewer than √L, go one by one.
 
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
-    """The same as scan_naive, in about 3·√L operations."""
+    """The same as scan_naive, in some 4·√L operations."""
     check_shapes("BLD BLD BD", a, b, h0)
     dtype, a, b, h0 = b.dtype, *map(wide, (a, b, torch.zeros_like(b[:, 0]) if h0 is None else h0))
     h = _Scan.apply(a, b, h0) if b.shape[1] > 1 else torch.addcmul(b, a, h0.unsqueeze(1))  # a single step is itself
@@ -380,7 +380,7 @@ class _Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dh):
         a, h, h0 = ctx.saved_tensors
-        a_next = a.roll(-1, dims=1)  # a[t+1]; that of the last step meets the zero from which the scan starts
+        a_next = a.roll(-1, dims=1)  # a[t+1]; the last step has none, and what roll puts there is multiplied by zero
         g = _grid(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
         return g * torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1), g, a[:, 0] * g[:, 0]
 
@@ -413,17 +413,16 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
     check_shapes("BLS BMS", q, c)
     q, c, (B, L, _), M = wide(q), wide(c), q.shape, c.shape[1]
     block = max(1, min(256, 2**22 // max(1, B * M)))
-    with torch.no_grad():
-        blocks = range(0, L, block)[::-1]  # the widest first: what it frees has room for the next
-        found = [_best_chunks(q[:, t:t + block], c, top_k, chunk_size, offset + t) for t in blocks]
+    with torch.no_grad():  # the last and widest block first: what it frees has room for the next
+        found = [_best_chunks(q[:, t:t + block], c, top_k, chunk_size, offset + t) for t in range(0, L, block)[::-1]]
         score, index = found[0] if len(found) == 1 else (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
-    return score_of(q, c, index) if torch.is_grad_enabled() and M else score, index
+    return (score_of(q, c, index) if torch.is_grad_enabled() and M else score), index
 
 
 def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
     """q: (B, L, S), c: (B, M, S) -> score, index: (B, L, top_k)."""
-    L, M = q.shape[1], c.shape[1]
-    all_see, some_see = min(M, offset // chunk_size), min(M, (offset + L - 1) // chunk_size)  # chunks
+    L = q.shape[1]
+    all_see, some_see = (min(c.shape[1], position // chunk_size) for position in (offset, offset + L - 1))  # chunks
     score = q @ c[:, :some_see].mT  # (B, L, some_see)
     if some_see < top_k:
         score = F.pad(score, (0, top_k - some_see), value=-math.inf)
@@ -436,10 +435,10 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
 
 
 def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """score.topk(k) of score: (..., M), several times as fast where M is large, as it would cost more than the product:
-    the best k stand in the k groups of 16 with the best maxima, or among the last few, which make no group."""
-    M, n = score.shape[-1], score.shape[-1] // 16  # n groups; each holds every n-th score
-    if M <= 32 * k:
+    """score.topk(k) of score: (..., M), several times as fast where topk would cost more than the product. The best k
+    stand in the k groups of 16 with the best maxima, as each other group has k better ones, or among the last few."""
+    M, n = score.shape[-1], score.shape[-1] // 16  # n groups; each holds every n-th score, and the last few are in none
+    if M <= 32 * k or score.numel() <= 2**14:
         return score.topk(k)
     groups = best_of(score[..., :16 * n].unflatten(-1, (16, n)).amax(-2), k)[1]  # (..., k)
     last = torch.arange(16 * n, M, device=score.device).expand(*groups.shape[:-1], -1)
@@ -468,7 +467,7 @@ def _tables(index: Tensor, *chunks: Tensor) -> list[Tensor]:
 # 3. Attend. Keys and values of the chosen chunks are gathered for a block of queries at a time. All heads take part
 #    in one matrix product: a query becomes a matrix with a row for each head, zero outside the head's own E columns.
 #    That multiplies H times too much, but moves nothing. Autograd would keep what is gathered for the backward pass;
-#    here only the weights are kept, it is gathered again, and gradients are added into one table.
+#    here the weights are kept, K·U numbers a head, all else is gathered again, and gradients are added into one table.
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """The same as attend_naive for a block of queries at once."""
@@ -489,9 +488,9 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_p, rows, own):
-        r, weights = torch.empty_like(q), []  # (B·L, H·E)
+        r, weights = torch.empty_like(q), []  # q, r: (B·L, H·E), k, v: (B·M, U·H·E), log_p, rows: (B·L, K)
         for t, keys, values in _opened(k, v, rows, q.shape[1]):
-            logit = (q[t].unsqueeze(1) * own) @ keys.mT  # (n, H, J)
+            logit = (q[t].unsqueeze(1) * own) @ keys.mT  # (n, H, J = K·U)
             logit = logit.unflatten(2, (rows.shape[1], -1)) + log_p[t, None, :, None]  # (n, H, K, U)
             weights.append(logit.flatten(2).softmax(2))
             r[t] = (weights[-1] @ values).mul_(own).sum(1)
@@ -521,17 +520,16 @@ def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[sl
         yield t, *(F.embedding(rows[t], x).view(len(rows[t]), -1, width) for x in (k, v))
 
 
-# 4. The inverted file (IVF, as in FAISS): similar chunks stand in one of n_list lists, each with a centroid, the
-#    direction of its mean key. A query scores the centroids, then only the chunks in the n_probe lists of the best.
-#    It stays causal, and indifferent to how a text is cut into calls: the centroids come from the first SAMPLE·n_list
-#    chunks (a query that sees fewer searches exactly), and a chunk joins its list when it is finished, and stays there.
-#    Similarity is computed in float64 and rounded, for the last bits, which vary with the cut, must not choose a list.
+# 4. The inverted file (IVF, as in FAISS), for more than some 30,000 chunks; with fewer the exact search is as quick.
+#    Similar chunks stand in one of n_list lists, each with a centroid, the direction of its mean key. A query scores
+#    the centroids, then only the chunks in the n_probe lists of the best. It stays causal and obeys the state law:
+#    The centroids come from the first SAMPLE·n_list chunks, by default 8,192; a query that sees fewer searches exactly.
+#    A chunk joins its list when it is finished, and stays there; float64 sees to it that equal keys join equal lists.
 #    A chunk that is like no centroid would be lost in whichever list it joins, and is just what one looks for. So
-#    outliers, chunks less like their centroid than the least similar one in OUTLIERS of the first, have a list of
-#    their own, the last, and every query probes it.
+#    these outliers (less similar to their centroid than all but one in OUTLIERS of the first chunks) have a list of
+#    their own, the last, which every query probes.
 
-SAMPLE = 16  # chunks per list, from which the centroids are found
-OUTLIERS = 1024
+SAMPLE, OUTLIERS = 16, 1024  # chunks per list, of which the centroids are made; one in so many of these is an outlier
 
 
 class Lists(NamedTuple):
@@ -542,22 +540,21 @@ class Lists(NamedTuple):
 
 def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists | None:
     """The lists of chunk keys c: (B, M, S), None while these are fewer than SAMPLE·n_list; known: of the first M."""
-    first = c[:, :SAMPLE * n_list]
+    c, first = c.detach(), c[:, :SAMPLE * n_list].detach()
     if first.shape[1] < SAMPLE * n_list:
         return None
     if known is None:
         centroids = first[:, ::SAMPLE]
         for _ in range(8):  # rounds of k-means on the sphere
             member = F.one_hot(_nearest(first, centroids, 1)[1].squeeze(2), n_list).to(c.dtype)
-            centroids = F.normalize(member.mT @ first, dim=-1).detach()
+            centroids = F.normalize(member.mT @ first, dim=-1)
         ranked = _nearest(first, centroids, 1)[0].sort(dim=1).values  # (B, SAMPLE·n_list, 1)
-        known = Lists(centroids, ranked[:, first.shape[1] // OUTLIERS], member.new_empty(len(c), 0, dtype=torch.int64))
+        known = Lists(centroids, ranked[:, first.shape[1] // OUTLIERS], c.new_empty(len(c), 0, dtype=torch.int64))
     similarity, member = (x.squeeze(2) for x in _nearest(c[:, known.member.shape[1]:], known.centroids, 1))
     member = member.masked_fill(similarity < known.threshold, n_list)
     return known._replace(member=torch.cat([known.member, member], dim=1))
 
 
-@torch.no_grad()
 def _nearest(x: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """x: (B, L, S), centroids: (B, n_list, S) -> similarity and number of the n most similar ones: (B, L, n)."""
     return (x.double() @ centroids.double().mT).float().topk(n)
@@ -567,11 +564,15 @@ def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, l
                n_probe: int) -> tuple[Tensor, Tensor]:
     """search_naive among the chunks of the n_probe lists whose centroids are most similar, and the outliers."""
     q, c, (B, L, _), n_list = wide(q), wide(c), q.shape, lists.centroids.shape[1]
+    few = min(L, max(0, SAMPLE * n_list * chunk_size - offset))  # queries that see too few chunks for lists
+    if few:
+        found = [search_parallel(q[:, :few], c[:, :SAMPLE * n_list], top_k, chunk_size, offset)]
+        found += [search_ivf(q[:, few:], c, top_k, chunk_size, offset + few, lists, n_probe)] if few < L else []
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
     with torch.no_grad():
         nearest = _nearest(q, lists.centroids, min(n_probe, n_list))[1]  # (B, L, n_probe)
         probed = torch.zeros(B, n_list + 1, L, dtype=torch.bool, device=q.device).scatter_(1, nearest.mT, True)
         ended = torch.arange(offset, offset + L, device=q.device) // chunk_size  # chunks that each query may see
-        probed |= ended < SAMPLE * n_list  # too few for lists: all of them, which is the exact search
         probed[:, n_list] = True
         index = torch.stack([_probe(q[i], c[i], top_k, ended, probed[i], lists.member[i]) for i in range(B)])
     return score_of(q, c, index), index
@@ -581,11 +582,12 @@ def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, memb
     """q: (L, S), c: (M, S), probed: (lists, L) -> index: (L, top_k), list by list: all queries that probe it meet its
     chunks in one matrix product, some four million scores at a time, and keep the best of these and of those before."""
     score, index = q.new_full((len(q), top_k), -math.inf), torch.full((len(q), top_k), -1, device=q.device)
-    lists = member.argsort(stable=True).split(member.bincount(minlength=len(probed)).tolist()) if len(q) > 1 else ()
-    if len(q) == 1:  # all that it probes are one list, which it probes
+    if len(q) == 1:  # all chunks that it probes as one list, and that it probes it
         lists, probed = [probed[member, 0].nonzero().squeeze(1)], probed[-1:]
+    else:
+        lists = member.argsort(stable=True).split(member.bincount(minlength=len(probed)).tolist())
     for chunk, asking in zip(lists, probed):
-        late = int((chunk < ended[0]).sum())  # from here on some may not see it
+        late = int((chunk < ended[0]).sum())  # from here on not all queries may see a chunk
         for query in asking.nonzero().squeeze(1).split(max(1, 2**22 // len(chunk))) if len(chunk) else ():
             one = q[query] @ c[chunk].mT  # (queries, chunks)
             one[:, late:].masked_fill_(chunk[late:] >= ended[query].unsqueeze(1), -math.inf)
@@ -604,7 +606,7 @@ def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, memb
 def append(past: Tensor, new: Tensor) -> Tensor:
     """torch.cat([past, new], dim=1) of past: (B, n, ...) and new: (B, m, ...)."""
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
-        return torch.cat([past, new], dim=1)
+        return torch.cat([past, new], dim=1)  # none of them likes what is written in place
     n, end, buffer = past.shape[1], past.shape[1] + new.shape[1], getattr(past, "buffer", None)
     if buffer is None or buffer.filled != n or end > buffer.shape[1]:
         buffer = past.new_empty(len(past), 2 * end, *past.shape[2:])
@@ -615,7 +617,7 @@ def append(past: Tensor, new: Tensor) -> Tensor:
     return out
 
 
-# 6. The switch. "auto" takes the Triton kernel where there is one that runs on these tensors, and else PyTorch.
+# 6. The switch. "auto" takes the Triton kernel on a GPU, once it has agreed with its twin there, and else PyTorch.
 
 IMPLEMENTATION = "auto"  # or "naive", "parallel", "triton"
 
@@ -655,15 +657,13 @@ def save(self: Resona, path: str | Path) -> None:
 
 def load(cls: type, path: str | Path, device: str | torch.device = "cpu", **changes) -> Resona:
     """Read what save wrote, in the dtype it had; no code in the file is run. changes: fields of the config that shape
-    no weight, as in load("model.pt", top_k=16, search="ivf"). Raises FileNotFoundError or ValueError."""
+    no weight, as in load("model.pt", top_k=16, search="ivf"). Raises ValueError if it cannot be read."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         model = cls(ResonaConfig(**{**data["config"], **changes}))
         model.load_state_dict(data["weights"], assign=True)
     except Exception as error:  # pickle, zip and torch have many
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise kind(f"{path} cannot be read as a Resona: {why}") from error
+        raise ValueError(f"{path} cannot be read as a Resona: {error!r:.300}") from error
     return model.to(device)
 
 
@@ -707,7 +707,7 @@ def check_shapes(spec: str, *tensors: Tensor | None) -> None:
                 x.ndim == len(axes) and x.is_floating_point() and x.device == tensors[0].device
                 and all(size.setdefault(axis, n) == n and (n or axis == "M") for axis, n in zip(axes, x.shape))):
             got = ", ".join(f"{[*x.shape]} of {x.dtype} on {x.device}" for x in tensors if x is not None)
-            raise ValueError(f"must be {spec}, a letter for each size of at least 1, floating, on one device, got {got}")
+            raise ValueError(f"must be {spec}, a letter for each size, at least 1, floating, on one device, got {got}")
 
 
 def check_config(c: ResonaConfig) -> None:

@@ -677,7 +677,7 @@ def test_load_refuses_what_save_did_not_write(damage, tmp_path, monkeypatch):
 def test_files_that_cannot_be_read_or_written_are_refused(tmp_path):
     path = tmp_path / "m.pt"
     for missing in (path, tmp_path):
-        one_line(FileNotFoundError, lambda: Resona.load(missing), str(missing), "cannot be read")
+        one_line(ValueError, lambda: Resona.load(missing), str(missing), "cannot be read")
     one_line(ValueError, lambda: small_model(gru).save(path), "callable backbone")
     assert not path.exists()
     small_model().save(path)
