@@ -1,7 +1,7 @@
 """The models that tutorial.ipynb loads, as they train for too long to do it there.
 
-    python -m evidence.notebook limit              # how many letters a state holds: 50 minutes on one thread of a busy CPU
-    python -m evidence.notebook parts              # bilingual without one part of Resona: some minutes
+    python -m evidence.notebook limit              # how many letters a state holds: within an hour on one thread
+    python -m evidence.notebook parts              # bilingual without one part of Resona: within a quarter of an hour
     python -m evidence.notebook limit --resume     # goes on after Ctrl-C
 
 limit: recurrences of two layers of 8 to 64 channels, whose state has twice as many numbers, learn to copy strings of 4 to
@@ -43,7 +43,7 @@ def trained(name: str, model: Resona, task: Any, steps: int, lr: float, args: ar
 def limit(args: argparse.Namespace) -> dict:
     """-> width -> steps -> length of the string -> letters right in one, its end included, on average."""
     report: dict = {}
-    for width in args.widths:
+    for width in WIDTHS:
         for steps in LIMIT_STEPS:
             torch.manual_seed(0)
             model = Resona(ResonaConfig(Copying.vocab_size, d_model=width, d_ff=2 * width, retrieval=False))
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/notebook"), help="folder of training states")
     parser.add_argument("--resume", action="store_true", help="go on from the training states in --out")
     args = parser.parse_args(argv)
-    vars(args).update(task={"limit": "copy", "parts": "bilingual"}[args.which], seed=0, device="cpu", save_every=500, widths=WIDTHS)
+    vars(args).update(task={"limit": "copy", "parts": "bilingual"}[args.which], seed=0, device="cpu", save_every=500)
     args.out.mkdir(parents=True, exist_ok=True)
     report = json.dumps({"limit": limit, "parts": parts}[args.which](args), indent=1)
     write(RESULTS / f"{args.which}.json", lambda file: file.write(report.encode()))
