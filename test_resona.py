@@ -6,6 +6,7 @@ values and in gradients. Without a GPU the Triton kernels run in Triton's interp
 compiled for GPUs that are not there; with a GPU they run on it. Without Triton these tests are skipped.
 """
 
+import base64
 import importlib.util
 import json
 import math
@@ -1071,28 +1072,37 @@ def outputs_of(cell):
 
 def test_notebook_is_stored_as_it_ran_from_top_to_bottom():
     raw = NOTEBOOK.read_text(encoding="utf-8")
-    cells = [cell for cell in json.loads(raw)["cells"] if cell["cell_type"] == "code"]
+    every = json.loads(raw)["cells"]
+    cells = [cell for cell in every if cell["cell_type"] == "code"]
+    assert len(every) <= 28 and all(len(line) <= 121 for cell in every for line in cell["source"])  # with its \\n
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     kinds = [kind for cell in cells for kind in outputs_of(cell)]
     assert "error" not in {kind for kind, _ in kinds} and ("stream", "stderr") not in kinds
-    assert sum("image/png" in formats for _, formats in kinds) >= 3
+    pictures = [output["data"]["image/png"] for cell in cells for output in cell["outputs"]
+                if "image/png" in output.get("data", {})]
+    assert len(pictures) == 9 and {int.from_bytes(base64.b64decode(one)[16:20], "big") for one in pictures} == {900}  # wide
     assert not re.search(r"/(root|home|Users|tmp)/|[A-Z]:\\\\", raw)  # absolute paths
 
 
 def test_notebook_runs(tmp_path):
-    """From top to bottom in a fresh kernel, in a folder that holds the three sources and nothing else."""
+    """From top to bottom in a fresh kernel, in a folder that holds the three sources, what it loads, and nothing else."""
     for name in ("matplotlib", "ipykernel"):
         pytest.importorskip(name)
     nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
-    sources = {"resona.py", "train_toy.py", "kernels.py"}
-    for name in sources:
-        shutil.copy(HERE / name, tmp_path)
+    results = Path("evidence") / "results"
+    given = [Path(name) for name in ("resona.py", "train_toy.py", "kernels.py")]
+    given += [path.relative_to(HERE) for start in ("limit", "parts") for path in (HERE / results).glob(start + "*")]
+    (tmp_path / results).mkdir(parents=True)
+    for path in given:
+        assert (HERE / path).stat().st_size < 2**20
+        shutil.copy(HERE / path, tmp_path / path)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     stored = [outputs_of(cell) for cell in cells]
     nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(tmp_path)}}).execute()  # raises CellExecutionError
-    assert {path.name for path in tmp_path.iterdir()} <= {*sources, "__pycache__"}  # it writes no files
+    files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert files == {*given}  # it writes none
     if os.environ.get("STORE_NOTEBOOK"):
         nbformat.write(notebook, NOTEBOOK)
     else:  # the same outputs, if not the same times in them

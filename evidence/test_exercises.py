@@ -1,4 +1,4 @@
-"""Worked answers to the five exercises of tutorial.ipynb: python -m pytest evidence -k exercise."""
+"""Worked answers to the five exercises of tutorial.ipynb, which say what they found: python -m pytest evidence -s -k exercise."""
 
 import math
 
@@ -10,33 +10,63 @@ from torch import nn
 from torch.testing import assert_close
 
 import resona
-import train_toy
-from resona import ChunkEncoder, Resona, ResonaConfig, Retrieval
-
-SIZES = {"d_model": 16, "n_layer": 2, "n_head": 2, "chunk_size": 4, "top_k": 3, "d_search": 8, "d_ff": 16}
+from resona import ChunkEncoder, Resona, ResonaConfig, Retrieval, check_backbone
+from train_toy import BETAS, DECAY, Copying, copy_string, evaluate, make_model, packed, shift, train_step
 
 
-@pytest.fixture(autouse=True)
-def double():
+# ------------------------------------------------------------------- what the notebook has, and two laws
+def strings(rng, string=copy_string):
+    return packed(rng, string, 4, 32, row=110)
+
+
+def new_model(kind="resona"):
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    task = Copying()
+    task.config = {"chunk_size": 2, "n_layer": 1}
+    return make_model(kind, "gated", task)
 
 
-def small_model(backbone="gated", **fields):
-    return Resona(ResonaConfig(11, backbone=backbone, **{**SIZES, **fields}))
+def fit(model, batch, peak, steps):
+    optimizer, rng = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=DECAY), np.random.default_rng(0)
+    for step in range(1, steps + 1):
+        rows = [torch.as_tensor(x) for x in batch(rng)]
+        train_step(model, optimizer, peak * min(step / 20, 1 - (step - 1) / steps), *rows)
+    return model
+
+
+def copied(model, n, string=copy_string):
+    rng = np.random.default_rng(n)
+    return evaluate(model, shift(*zip(*(string(rng, n) for _ in range(4 + 2048 // n)))), "cpu")["token_accuracy"]
+
+
+@pytest.fixture(scope="module")
+def copier():
+    return fit(new_model(), strings, 3e-3, steps=100)
 
 
 @torch.no_grad()
-def obeys_the_state_law(model):
-    tokens, state, steps = torch.randint(0, model.config.vocab_size, (2, 23)), None, []
+def one_by_one(model, tokens):
+    state, steps = None, []
     for token in tokens.split(1, dim=1):
         logits, state = model(token, state)
         steps.append(logits)
-    return torch.allclose(torch.cat(steps, dim=1), model(tokens)[0], rtol=0, atol=1e-9)
+    return torch.cat(steps, dim=1)
 
 
+@torch.no_grad()
+def laws(model):
+    """-> whether the state law holds, and the causality law."""
+    model, tokens = model.double(), torch.randint(0, 26, (2, 24))
+    other = tokens.clone()
+    other[:, 15:] = (tokens[:, 15:] + 1) % 26
+    whole, changed = model(tokens)[0], model(other)[0]
+    same = [torch.allclose(x, y, rtol=0, atol=1e-9)
+            for x, y in ((one_by_one(model, tokens), whole), (changed[:, :15], whole[:, :15]))]
+    model.float()
+    return tuple(same)
+
+
+# ---------------------------------------------------------------------------------- 1. an average is a scan
 def weighted_average(x, decay):
     a = torch.full_like(x, decay)
     return resona.scan(a, x) / resona.scan(a, torch.ones_like(x))
@@ -44,106 +74,152 @@ def weighted_average(x, decay):
 
 @pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
 def test_exercise_1_an_average_is_a_scan(decay):
-    x = torch.randn(2, 17, 3)
+    x = torch.randn(2, 17, 3, dtype=torch.float64)
+    average = weighted_average(x, decay)
     for t in range(17):
-        weight = torch.tensor([decay ** (t - s) for s in range(t + 1)])[:, None]
-        assert_close(weighted_average(x, decay)[:, t], (weight * x[:, :t + 1]).sum(1) / weight.sum())
+        weight = torch.tensor([decay ** (t - s) for s in range(t + 1)], dtype=torch.float64)[:, None]
+        assert_close(average[:, t], (weight * x[:, :t + 1]).sum(1) / weight.sum())
 
 
-class MeanKey(ChunkEncoder):
-    def forward(self, u):
-        M = (u.shape[1] - 1) // self.chunk_size
-        inside = u[:, :M * self.chunk_size].unflatten(1, (M, self.chunk_size))
-        return F.normalize(self.each(inside).mean(2), dim=-1)
-
-
-def test_exercise_2_a_key_that_ignores_order():
-    mean, theirs, u = MeanKey(6, 4, 5), ChunkEncoder(6, 4, 5), torch.randn(2, 3 * 4 + 1, 6)
-    shuffled = u.clone()
-    shuffled[:, 4:8] = u[:, [6, 4, 7, 5]]  # the features that make the key of chunk 1
-    assert_close(mean(u).norm(dim=-1), torch.ones(2, 3))
-    assert_close(mean(shuffled), mean(u))
-    assert not torch.allclose(theirs(shuffled)[:, 1], theirs(u)[:, 1])
-    model = small_model()
-    for layer in model.layers:
-        layer.retrieval.search_key = MeanKey(16, 4, 8)
-    assert obeys_the_state_law(model)
-
-
-class KeysOnTime(Retrieval):
-    def encode(self, u, z):
-        c, k, v = super().encode(u, z)
-        return c, self.key(u[:, 1:]).reshape(k.shape), v
-
-
-def test_exercise_3_keys_on_time():
-    model, z, u = small_model(), torch.randn(2, 14, 16), torch.randn(2, 14, 16)
-    for branch in (layer.retrieval for layer in model.layers):
-        late = branch.remember(z, u, None)
-        branch.__class__ = KeysOnTime
-        memory = branch.remember(z, u, None)
-        assert_close(memory.k.flatten(1, 2).flatten(2), branch.key(u[:, :12]))
-        assert not torch.allclose(memory.k, late.k)
-        assert_close((memory.c, memory.v), (late.c, late.v))
-    assert obeys_the_state_law(model)
-
-
+# --------------------------------------------------------------------- 2. open only what you need, and no more
 class OnlyWhatYouNeed(Retrieval):
     share = 0.0
 
-    def search(self, *args):
-        score, index = super().search(*args)
+    def search(self, *question):
+        score, index = super().search(*question)
         close = score.softmax(-1) < self.share  # false where nothing was found: the softmax of -inf alone is nan
         close[..., 0] = False
         return score.masked_fill(close, -math.inf), index.masked_fill(close, -1)
 
 
 @torch.no_grad()
-def test_exercise_4_open_only_what_you_need(monkeypatch):
-    model, tokens, opened = small_model(), torch.randint(0, 11, (2, 40)), []
-    before, one = model(tokens)[0], model(tokens, top_k=1)[0]
-    for layer in model.layers:
-        layer.retrieval.__class__ = OnlyWhatYouNeed
-    for share in (0.0, 0.2, 0.4, 1.0):
+def test_exercise_2_open_only_what_you_need(copier, monkeypatch):
+    """More than half of the chunks can be closed at no loss, those below a share of 0.1. With the best one alone it is
+    lost three times as often: where the search is in doubt, it helps to open two."""
+    branch, tokens = copier.layers[0].retrieval, torch.from_numpy(copy_string(np.random.default_rng(0), 128)[0])[None]
+    before, one, opened, right = copier(tokens)[0], copier(tokens, top_k=1)[0], {}, {}
+    monkeypatch.setattr(branch, "__class__", OnlyWhatYouNeed)
+    for share in (0.0, 0.02, 0.1, 0.3, 1.0):
         monkeypatch.setattr(OnlyWhatYouNeed, "share", share)
+        right[share] = copied(copier, 128)
         if share in (0, 1):
-            assert_close(model(tokens)[0], one if share else before)
-        opened.append(sum((seen["index"] >= 0).sum().item() for seen in model.inspect(tokens)))
-        assert obeys_the_state_law(model)
-    assert opened[0] > opened[1] > opened[2] >= opened[3] == 2 * 2 * 36  # the first four tokens have no chunk
+            assert_close(copier(tokens)[0], one if share else before)
+        opened[share] = (copier.inspect(tokens)[0]["index"][:, 129:] >= 0).sum(-1).float().mean().item()
+        print(f"\nshare {share}: while writing {opened[share]:.2f} chunks are open, {right[share]:.3f} of the tokens right", end="")
+        assert laws(copier) == (True, True)
+    assert opened[0.0] == 4 > opened[0.02] > opened[0.1] > opened[0.3] > opened[1.0] == 1
+    assert opened[0.1] < 2 and right[0.1] > right[0.0] - 0.02
 
 
-class MatrixState(nn.Module):
-    def __init__(self, d_model, d_state=8):
+# ---------------------------------------------------------------------------------- 3. a task of your own
+def reversed_string(rng, length):
+    """As copy_string: $ c a t | t a c ."""
+    tokens, scored = copy_string(rng, length)
+    tokens[length + 2:-1] = tokens[1:length + 1][::-1].copy()
+    return tokens, scored
+
+
+class Backwards(Retrieval):
+    """Asked with what was just written, a chunk is to answer with what stands before it: keys are on time, values late."""
+
+    def encode(self, u, z):
+        c, k, v = super().encode(u, z)
+        return c, self.key(u[:, 1:]).reshape(k.shape), self.value(u[:, :-1]).reshape(v.shape)
+
+
+def test_exercise_3_a_reversed_string():
+    """As it is, one layer does not learn it: a key says what came before its token, and in a reversed string one knows what
+    came after. With keys of u at the token itself, and values of u at the token before, it does: asked with the two letters
+    just written, it finds where they end in the string, and in u, which spans four tokens, the letter before them."""
+    batch, right = lambda rng: strings(rng, reversed_string), {}
+    assert reversed_string(np.random.default_rng(0), 9)[0].tolist()[:10] == copy_string(np.random.default_rng(0), 9)[0].tolist()[:10]
+    for name, branch in (("as it is", Retrieval), ("backwards", Backwards)):
+        model = new_model()
+        model.layers[0].retrieval.__class__ = branch
+        fit(model, batch, 6e-3, steps=200)
+        right[name] = {n: copied(model, n, reversed_string) for n in (16, 32, 128)}
+        print(f"\n{name}: {right[name]}", end="")
+        assert laws(model) == (True, True)
+    assert right["as it is"][32] < 0.3 and min(right["backwards"].values()) > 0.8
+
+
+# ------------------------------------------------------------------------------- 4. another chunk encoder
+class Centred(ChunkEncoder):
+    """Keys are compared best when their mean is zero, so take the mean away."""
+
+    def forward(self, u):
+        c = super().forward(u)
+        return F.normalize(c - c.mean(1, keepdim=True), dim=-1) if c.shape[1] > 1 else c
+
+
+class CentredByConstant(ChunkEncoder):
+    """The mean of chunks, of which later ones are not known yet, is replaced by a vector that is learned."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.centre = nn.Parameter(torch.zeros(sizes[2]))
+
+    def forward(self, u):
+        return F.normalize(super().forward(u) - self.centre, dim=-1)
+
+
+def test_exercise_4_a_chunk_encoder_that_looks_right():
+    """Centred breaks both laws: a later chunk moves the keys of those before it, and a text read token by token has no other
+    chunks to take a mean of. It trains without complaint and copies either way, as the mean is small: no accuracy shows that
+    it has seen the future, only the tests of the laws do. (In resona.py: python -m pytest -k law.)"""
+    tokens = torch.from_numpy(np.stack([copy_string(np.random.default_rng(i), 32)[0] for i in range(16)]))
+    for encoder, holds in ((Centred, (False, False)), (CentredByConstant, (True, True))):
+        model = new_model()
+        model.layers[0].retrieval.search_key = encoder(64, 2, 32)
+        fit(model, strings, 3e-3, steps=100)
+        assert laws(model) == holds
+        with torch.no_grad():
+            whole, steps = ((logits[:, 33:-1].argmax(-1) == tokens[:, 34:]).float().mean().item()
+                            for logits in (model(tokens)[0], one_by_one(model, tokens)))
+        print(f"\n{encoder.__name__}: right in one piece {whole:.3f}, token by token {steps:.3f}", end="")
+        assert min(whole, steps) > 0.9
+
+
+# ------------------------------------------------------------------------------------------ 5. the delta rule
+class DeltaRule(nn.Module):
+    """S = S + k·nᵀ with the correction n = β·(v - Sᵀk), and y = Sᵀq, in blocks of tokens. In a block that starts from S₀
+    corrections depend on those before them: n_t + β_t Σ_{s<t} (k_t·k_s) n_s = β_t (v_t - S₀ᵀk_t), a triangular system."""
+
+    def __init__(self, d_model, n_head=4, block=32):
         super().__init__()
-        self.maps = nn.Linear(d_model, 2 * d_state + 1)
-        self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(2))
-        self.d_state = d_state
+        self.qkv, self.beta = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, n_head)
+        self.output, self.block = nn.Linear(d_model, d_model), block
 
-    def inputs(self, u):
-        k, q, a = self.maps(u).split([self.d_state, self.d_state, 1], dim=-1)
-        return torch.sigmoid(a + 2), k, q, self.value(u)
+    def forward(self, u, S=None):
+        beta = torch.sigmoid(self.beta(u)).mT[..., None]  # (B, H, L, 1)
+        q, k, v = self.qkv(u).unflatten(2, (3, beta.shape[1], -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, E)
+        q, k, ys = F.normalize(q, dim=-1), F.normalize(k, dim=-1), []
+        S = k.new_zeros(*k.shape[:2], k.shape[-1], k.shape[-1]) if S is None else S  # (B, H, E, E)
+        for q, k, v, b in zip(*(part.split(self.block, dim=2) for part in (q, k, v, beta))):
+            A = b * (k @ k.mT)  # of which the solve reads what is below the diagonal
+            n = torch.linalg.solve_triangular(A, b * (v - k @ S), upper=False, unitriangular=True)
+            ys.append(q @ S + (q @ k.mT).tril() @ n)
+            S = S + k.mT @ n
+        return self.output(torch.cat(ys, dim=2).mT.flatten(1, 2).mT), S
 
-    def forward(self, u, state=None):
-        a, k, q, v = self.inputs(u)
-        b = v.unsqueeze(-1) * k.unsqueeze(2)  # (B, L, D, N)
-        S = resona.scan(a.unsqueeze(-1).expand_as(b).flatten(2), b.flatten(2), state)  # (B, L, D·N)
-        y = (S.unflatten(2, (-1, self.d_state)) * q.unsqueeze(2)).sum(-1)
-        return self.output(y), S[:, -1].clone()
 
-
-def test_exercise_5_a_state_that_is_a_matrix():
-    rule, u = MatrixState(6), torch.randn(2, 15, 6)
-    (a, k, q, v), S, y = rule.inputs(u), torch.zeros(2, 6, 8), rule(u)[0]
-    for t in range(15):
-        S = a[:, t, :, None] * S + torch.einsum("bd,bn->bdn", v[:, t], k[:, t])
-        assert_close(y[:, t], rule.output(torch.einsum("bdn,bn->bd", S, q[:, t])))
-    later = u.clone()
-    later[:, 9:] += 1
-    assert torch.equal(rule(later)[0][:, :9], y[:, :9]) and not torch.allclose(rule(later)[0][:, 9:], y[:, 9:])
-    assert obeys_the_state_law(small_model(MatrixState))
-    model = Resona(ResonaConfig(30, d_model=16, n_layer=1, d_ff=16, backbone=MatrixState, retrieval=False))
-    optimizer, batch = torch.optim.AdamW(model.parameters()), train_toy.Copying().batch(np.random.default_rng(0))
-    rows = [torch.as_tensor(x[:, :60]) for x in batch]
-    losses = [train_toy.train_step(model, optimizer, 1e-2, *rows)[0] for _ in range(60)]
-    assert losses[-1] < 0.8 * losses[0]  # it learns, here one batch by heart
+def test_exercise_5_the_delta_rule():
+    """It copies with the retrieval, as any recurrence does. Alone, after 400 steps, it holds a little more than the gated one of
+    as many channels, and not eight times as much, as its state of 4·8·8 = 256 numbers has room for: of the two
+    limits, size and training, the second comes first here."""
+    rule, one, u = DeltaRule(16).double(), DeltaRule(16, block=1).double(), torch.randn(2, 70, 16, dtype=torch.float64)
+    one.load_state_dict(rule.state_dict())
+    assert_close(rule(u), one(u), rtol=0, atol=1e-9)  # with blocks of one the solve has nothing to do
+    check_backbone(rule, d_model=16)
+    torch.manual_seed(0)
+    model = Resona(ResonaConfig(30, n_layer=1, chunk_size=2, backbone=DeltaRule))
+    assert laws(model) == (True, True)
+    right = copied(fit(model, strings, 6e-3, steps=80), 128)
+    held = {}
+    for backbone, peak in ((DeltaRule, 1e-2), ("gated", 2e-2)):
+        torch.manual_seed(0)
+        config = ResonaConfig(30, d_model=32, d_ff=64, n_layer=1, backbone=backbone, retrieval=False)
+        held[backbone] = 33 * copied(fit(Resona(config), strings, peak, steps=400), 32)
+    print(f"\nwith retrieval {right:.3f} of 128 letters; alone, letters right of 32: delta rule {held[DeltaRule]:.1f}, "
+          f"gated {held['gated']:.1f}", end="")
+    assert right > 0.8 and 0.8 < held[DeltaRule] / held["gated"] < 3
