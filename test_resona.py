@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 import resona
 import train_toy
-from resona import (BACKBONES, Resona, ResonaConfig, Retrieval, attend_naive, attend_parallel, scan_naive,
+from resona import (BACKBONES, Resona, ResonaConfig, Retrieval, attend_naive, attend_parallel, best_of, scan_naive,
                     scan_parallel, search_ivf, search_naive, search_parallel, update_lists)
 from train_toy import Copying, make_model
 
@@ -461,6 +461,17 @@ def test_alpha_zero_is_the_backbone():
     assert not torch.allclose(model(tokens)[0], backbone(tokens)[0])
 
 
+@pytest.mark.parametrize("M, k", [(300, 4), (1030, 4), (5000, 9), (70000, 1)])
+def test_best_of_matches_topk(M, k):
+    """Groups of scores and what is left of them, ties, and rows of which few are visible."""
+    score = torch.randn(3, 40, M)
+    score[1] = score[1].round(decimals=1)
+    score[2, :, 5:] = -math.inf
+    best, index = best_of(score, k)
+    assert torch.equal(best, score.topk(k).values) and torch.equal(best, score.gather(-1, index))
+    assert all(len(set(row)) == k for row in index[:2].flatten(0, 1).tolist())
+
+
 # ---------------------------------------------------------------------------- resona.py: the inverted file
 def ivf_by_mask(q, c, top_k, chunk_size, offset, lists, n_probe):
     """All scores, those of chunks outside the probed lists and the outliers' masked: the definition."""
@@ -529,31 +540,6 @@ def test_ivf_lists_are_the_same_however_they_were_fed(sample):
         assert (lists is None) == (n < 6) and (lists is None or lists.member.shape == (2, n))  # none below SAMPLE·3
         for one in (lists, update_lists(c[:, :n], 3)):
             assert all(torch.equal(got, want) for got, want in zip(update_lists(c, 3, one), whole))
-
-
-def clusters():
-    """4,096 keys in 64 clusters, as trained keys are."""
-    c = F.normalize(torch.randn(1, 64, 16).repeat_interleave(64, 1) + 0.3 * torch.randn(1, 4096, 16), dim=-1)
-    return c[:, torch.randperm(4096)]
-
-
-def test_ivf_finds_what_the_exact_search_does():
-    c = clusters()
-    q = F.normalize(c[:, ::40] + 0.1 * torch.randn(1, 103, 16), dim=-1)
-    exact = search_parallel(q, c, 4, 1, 5000)[1]
-    found = search_ivf(q, c, 4, 1, 5000, update_lists(c, 64), 2)[1]
-    share = (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean()
-    assert 0.9 < share < 1
-
-
-def test_ivf_finds_the_outlier():
-    """A key unlike all others, that no centroid is near to, asked for by a query that is nearer to some."""
-    c, many = clusters(), F.normalize(torch.randn(1000, 16), dim=-1)
-    c[0, 3000] = odd = many[(many @ update_lists(c, 64).centroids[0].mT).amax(1).argmin()]
-    lists = update_lists(c, 64)
-    assert lists.member[0, 3000] == 64 and (lists.member == 64).float().mean() < 0.02
-    q = F.normalize(odd + 0.5 * lists.centroids[0, 5], dim=-1)[None, None]
-    assert search_ivf(q, c, 4, 1, 5000, lists, 1)[1][0, 0, 0] == 3000
 
 
 def test_inspect_shows_one_search_per_retrieval_layer():

@@ -8,12 +8,13 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_toy
 from evidence import choose, compare_search, cost, run, tasks
 from evidence.models import MODELS, NoPositions, NoRecurrence, count, make_model
 from evidence.tasks import TASKS
-from resona import BACKBONES, Resona, ResonaConfig
+from resona import BACKBONES, Resona, ResonaConfig, search_ivf, search_parallel, update_lists
 from train_toy import BATCH, IGNORE, UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz$|."
@@ -492,3 +493,29 @@ def test_choose_counts_what_is_attended_and_kept():
     for n in (1, 4, 16):
         assert long[f"ssm{n}"] == 2 * 4 * models[f"ssm{n}"].config.d_model * (n + 3)
     assert max(map(count, models.values())) <= 1.01 * min(map(count, models.values()))
+
+
+# ------------------------------------------------------------------------------------- the inverted file
+def clusters():
+    """4,096 keys in 64 clusters, as trained keys are."""
+    c = F.normalize(torch.randn(1, 64, 16).repeat_interleave(64, 1) + 0.3 * torch.randn(1, 4096, 16), dim=-1)
+    return c[:, torch.randperm(4096)]
+
+
+def test_ivf_finds_what_the_exact_search_does():
+    c = clusters()
+    q = F.normalize(c[:, ::40] + 0.1 * torch.randn(1, 103, 16), dim=-1)
+    exact = search_parallel(q, c, 4, 1, 5000)[1]
+    found = search_ivf(q, c, 4, 1, 5000, update_lists(c, 64), 2)[1]
+    share = (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean()
+    assert 0.9 < share < 1
+
+
+def test_ivf_finds_the_outlier():
+    """A key unlike all others, that no centroid is near to, asked for by a query that is nearer to some."""
+    c, many = clusters(), F.normalize(torch.randn(1000, 16), dim=-1)
+    c[0, 3000] = odd = many[(many @ update_lists(c, 64).centroids[0].mT).amax(1).argmin()]
+    lists = update_lists(c, 64)
+    assert lists.member[0, 3000] == 64 and (lists.member == 64).float().mean() < 0.02
+    q = F.normalize(odd + 0.5 * lists.centroids[0, 5], dim=-1)[None, None]
+    assert search_ivf(q, c, 4, 1, 5000, lists, 1)[1][0, 0, 0] == 3000

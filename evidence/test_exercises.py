@@ -10,7 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import resona
-from resona import ChunkEncoder, Resona, ResonaConfig, Retrieval, check_backbone
+from evidence.check_backbone import check_backbone
+from resona import ChunkEncoder, Resona, ResonaConfig, Retrieval
 from train_toy import BETAS, DECAY, Copying, copy_string, evaluate, make_model, packed, shift, train_step
 
 
