@@ -163,8 +163,7 @@ def launch_scan(a: Tensor, b: Tensor, h0: Tensor, h: Tensor | None = None) -> tu
     h, da = (h, torch.empty_like(a)) if backward else (out, out)
     if b.numel() == 0:  # the sizes below would be divided by zero
         return out, da
-    B, L, D = b.shape
-    BD = 128 // b.element_size()
+    (B, L, D), BD = b.shape, 128 // b.element_size()
     columns = B * triton.cdiv(D, BD)
     C = 1 if columns >= FILL else min(triton.cdiv(L, MIN_BLOCK), triton.cdiv(2 * FILL, columns))
     block = triton.cdiv(triton.cdiv(L, C), BT) * BT  # whole tiles
@@ -401,7 +400,8 @@ if HAS_TRITON:
                 query, dout = read(q, n, 1, H, E) * scale, read(dr, n, 1, H, E)
                 norm = read(lse, n, 1, H, 1, float("inf"))  # a head that does not exist has no weight
                 w = tl.exp(logits(query, keys, score + pair, U) - norm)
-                dlogit = w * tl.sum(dout * (values - read(r, n, 1, H, E)), axis=2, keep_dims=True)
+                along = tl.sum(dout * read(r, n, 1, H, E), axis=2, keep_dims=True)
+                dlogit = w * (tl.sum(dout * values, axis=2, keep_dims=True) - along)
                 dkeys += dlogit * query
                 dvalues += w * dout
                 add(dq, n, tl.sum(dlogit * keys, axis=0, keep_dims=True) * scale, 1, H, E)
