@@ -1060,7 +1060,7 @@ def test_notebook_is_stored_as_it_ran_from_top_to_bottom():
     raw = NOTEBOOK.read_text(encoding="utf-8")
     every = json.loads(raw)["cells"]
     cells = [cell for cell in every if cell["cell_type"] == "code"]
-    assert len(every) <= 28 and all(len(line) <= 121 for cell in every for line in cell["source"])  # with its \\n
+    assert len(every) <= 28 and all(len(line.rstrip()) <= 120 for cell in every for line in cell["source"])
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     kinds = [kind for cell in cells for kind in outputs_of(cell)]
     assert "error" not in {kind for kind, _ in kinds} and ("stream", "stderr") not in kinds
