@@ -347,6 +347,7 @@ from torch.utils._pytree import tree_map_only
 
 import kernels
 
+ONCE = "no second derivative (create_graph=True) of the fast loops: resona.IMPLEMENTATION = 'naive' has it"
 
 # 1. The scan. Two steps compose into one, h -> (a₂a₁)·h + (a₂b₁ + b₂): whatever enters a block of steps, what
 #    leaves it is known from two numbers a channel, the product of its a and where it ends if it starts at zero.
@@ -377,8 +378,8 @@ class _Scan(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dh):
+        check(not torch.is_grad_enabled(), ONCE)
         a, h, h0 = ctx.saved_tensors
         a_next = a.roll(-1, dims=1)  # a[t+1]; the last step has none, and what roll puts there is multiplied by zero
         g = _grid(a_next.flip(1), dh.flip(1), torch.zeros_like(h0)).flip(1)
@@ -389,8 +390,7 @@ def _grid(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """The scan of a, b: (B, L, D) from h0, as drawn."""
     h, L, n = torch.empty_like(b), b.shape[1], math.isqrt(b.shape[1])  # n blocks
     a_steps, b_steps, h_steps = (x[:, :L - L % n].unflatten(1, (n, -1)).unbind(2) for x in (a, b, h))
-    end = torch.zeros_like(b_steps[0])  # (B, n, D), where each block ends if it starts at zero
-    factor = torch.ones_like(end)  # the product of its a
+    end, factor = torch.zeros_like(b_steps[0]), torch.ones_like(b_steps[0])  # (B, n, D): end from zero, product of a
     for a_t, b_t in zip(a_steps, b_steps):
         torch.addcmul(b_t, a_t, end, out=end)
         factor.mul_(a_t)
@@ -399,9 +399,9 @@ def _grid(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
         starts.append(torch.addcmul(end[:, m], factor[:, m], starts[m]))
     start = torch.stack(starts, dim=1)
     for a_t, b_t, h_t in zip(a_steps, b_steps, h_steps):
-        start = torch.addcmul(b_t, a_t, start, out=h_t)
+        start = h_t.copy_(b_t).addcmul_(a_t, start)  # torch.compile cannot take out=h_t, which has gaps
     for t in range(L - L % n, L):
-        torch.addcmul(b[:, t], a[:, t], h[:, t - 1], out=h[:, t])
+        h[:, t] = torch.addcmul(b[:, t], a[:, t], h[:, t - 1])
     return h
 
 
@@ -498,8 +498,8 @@ class _Attend(torch.autograd.Function):
         return r
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dr):
+        check(not torch.is_grad_enabled(), ONCE)
         q, k, v, rows, own, *weights = ctx.saved_tensors
         dq, dk, dv, dlog_p = *map(torch.zeros_like, (q, k, v)), q.new_empty(rows.shape)
         for w, (t, keys, values) in zip(weights, _opened(k, v, rows, q.shape[1])):

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from resona import check
 
@@ -24,11 +25,17 @@ def check_backbone(module: nn.Module, d_model: int) -> None:
           f"backbone must return an output and a state that is not None, got {type(out)}")
     check(isinstance(out[0], Tensor) and out[0].shape == x.shape,
           f"backbone's output must have the shape of its input, {[*x.shape]}, got {[*getattr(out[0], 'shape', [])]}")
+    check(bool(out[0].isfinite().all()), "backbone's output is not finite: are its weights initialized?")
     with torch.no_grad():
-        same = partial(torch.allclose, rtol=1e-3, atol=1e-4)
+        same = partial(torch.allclose, rtol=1e-3, atol=1e-4 * out[0].abs().max().item())
         check(same(module(row)[0][1], out[0][1]), "backbone mixes the rows of a batch: is its batch_first=True missing?")
         check(same(module(late)[0][:, :4], out[0][:, :4]), "backbone looks ahead: an output depends on later tokens")
+        dim, parts = int(isinstance(module, nn.RNNBase)), tree_leaves(out[1])
+        check(all(isinstance(part, Tensor) and part.shape[dim:dim + 1] == (2,) for part in parts), "backbone's state must "
+              "be made of tensors, batch first, as state.select chooses rows there; a cache object must be taken apart")
         first, state = module(x[:, :3])
-        rest, again = (module(x[:, 3:], state)[0] for _ in range(2))
+        (rest, later), (again, _) = (module(x[:, 3:5], state) for _ in range(2))
         check(same(rest, again), "backbone changes the state that it is given; it must return a new one")
-        check(same(torch.cat([first, rest], 1), out[0]), "backbone breaks the state law: in two calls it gives another output")
+        check(same(torch.cat([first, rest], 1), out[0][:, :5]), "backbone breaks the state law: in two calls it gives "
+              "another output")
+        check(same(module(x[:, 5:], later)[0], out[0][:, 5:]), "backbone breaks the state law for a single token")

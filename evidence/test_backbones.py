@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from test_resona import DeltaRule, gru, one_line, random_tokens, seed, small_model  # noqa: F401  (seed is a fixture)
 
+import resona
 import train_toy
 from evidence import backbones
 from evidence.check_backbone import check_backbone
@@ -189,3 +190,31 @@ def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path):
     weights = after.state_dict()
     for name, weight in frozen.items():
         assert torch.equal(weight, weights[name.replace(".mixer.", ".mixer.mixer.")])
+
+
+@pytest.mark.parametrize("backbone", ["gated", "ssm"])
+def test_training_compiles_without_a_graph_break(backbone):
+    model, (tokens, targets) = small_model(backbone, n_layer=1), random_tokens(2, 2 * 20).split(20, dim=1)
+
+    def loss_of(tokens, targets):
+        return nn.functional.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
+
+    gradients = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        function(tokens, targets).backward()
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    torch._dynamo.reset()
+    assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_a_second_derivative_is_refused_by_the_fast_loops_and_right_in_the_slow_ones(monkeypatch):
+    a, b = (torch.rand(1, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def penalty():
+        gradient, = torch.autograd.grad(resona.scan(a, b).square().sum(), a, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), (a, b))
+
+    one_line(ValueError, penalty, "create_graph", "naive")
+    monkeypatch.setattr(resona, "IMPLEMENTATION", "naive")
+    assert all(gradient.abs().sum() > 0 for gradient in penalty())
