@@ -451,7 +451,7 @@ def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def score_of(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
     """q: (B, L, S), c: (B, M, S), M >= 1, index: (B, L, K) -> q[t]·c[index[t, i]], -inf where the index is -1."""
     rows, c = _tables(index, c)
-    score = (F.embedding(rows, c) * q.flatten(0, 1).unsqueeze(1)).sum(2)  # (B·L, K)
+    score = F.embedding(rows, c) @ q.flatten(0, 1).unsqueeze(2)  # (B·L, K, 1)
     return score.view(index.shape).masked_fill(index < 0, -math.inf)
 
 
@@ -487,28 +487,28 @@ class _Attend(torch.autograd.Function):
     dq = Σ_j d(logit)_j·k_j,   dk_j = d(logit)_j·q,   d(log p) of a chunk = Σ over its tokens and heads."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_p, rows, own):
-        r, weights = torch.empty_like(q), []  # q, r: (B·L, H·E), k, v: (B·M, U·H·E), log_p, rows: (B·L, K)
+    def forward(ctx, q, k, v, log_p, rows, own):  # q, r: (B·L, H·E), k, v: (B·M, U·H·E), rows: (B·L, K), w: (B·L, H, J)
+        r, w = torch.empty_like(q), q.new_empty(len(q), len(own), rows.shape[1] * k.shape[1] // q.shape[1])
         for t, keys, values in _opened(k, v, rows, q.shape[1]):
-            logit = (q[t].unsqueeze(1) * own) @ keys.mT  # (n, H, J = K·U)
+            logit = (q[t].unsqueeze(1) * own) @ keys.mT  # (n, H, J)
             logit = logit.unflatten(2, (rows.shape[1], -1)) + log_p[t, None, :, None]  # (n, H, K, U)
-            weights.append(logit.flatten(2).softmax(2))
-            r[t] = (weights[-1] @ values).mul_(own).sum(1)
-        ctx.save_for_backward(q, k, v, rows, own, *weights)
+            w[t] = logit.flatten(2).softmax(2)
+            r[t] = (w[t] @ values).mul_(own).sum(1)
+        ctx.save_for_backward(q, k, v, rows, own, w)
         return r
 
     @staticmethod
     def backward(ctx, dr):
         check(not torch.is_grad_enabled(), ONCE)
-        q, k, v, rows, own, *weights = ctx.saved_tensors
+        q, k, v, rows, own, w = ctx.saved_tensors
         dq, dk, dv, dlog_p = *map(torch.zeros_like, (q, k, v)), q.new_empty(rows.shape)
-        for w, (t, keys, values) in zip(weights, _opened(k, v, rows, q.shape[1])):
+        for t, keys, values in _opened(k, v, rows, q.shape[1]):
             queries, douts = q[t].unsqueeze(1) * own, dr[t].unsqueeze(1) * own  # (n, H, H·E)
             dw = douts @ values.mT  # (n, H, J)
-            dlogit = w * (dw - (w * dw).sum(2, keepdim=True))
+            dlogit = w[t] * (dw - (w[t] * dw).sum(2, keepdim=True))
             dq[t] = (dlogit @ keys).mul_(own).sum(1)
             dlog_p[t] = dlogit.sum(1).unflatten(1, (rows.shape[1], -1)).sum(2)
-            for total, part in ((dk, dlogit.mT @ queries), (dv, w.mT @ douts)):  # (n, J, H·E)
+            for total, part in ((dk, dlogit.mT @ queries), (dv, w[t].mT @ douts)):  # (n, J, H·E)
                 total.index_add_(0, rows[t].flatten(), part.view(-1, total.shape[1]))
         return dq, dk, dv, dlog_p, None, None
 
