@@ -182,7 +182,7 @@ def test_a_branch_in_a_pretrained_model_refuses_padding(tiny):
 def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path):
     pretrained, model, tokens = tiny
     report = pretrained.demonstrate(model.config, 2, tmp_path, strings=2)
-    kinds = ("trained on text", "with a closed branch", "the branch trained, the rest frozen", "saved and loaded")
+    kinds = ("trained on text", "with a closed branch", "and on strings and text", "saved and loaded")
     base, closed, trained, loaded = (report[kind]["bits"] for kind in kinds)
     assert closed == pytest.approx(base, abs=1e-6) and trained != closed and loaded == trained
     after = pretrained.load(tmp_path / "base", tmp_path / "branch.pt")
