@@ -523,11 +523,11 @@ def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[sl
 # 4. The inverted file (IVF, as in FAISS), for more than some 30,000 chunks; with fewer the exact search is as quick.
 #    Similar chunks stand in one of n_list lists, each with a centroid, the direction of its mean key. A query scores
 #    the centroids, then only the chunks in the n_probe lists of the best. It is causal and obeys the state law, as the
-#    centroids come from the first SAMPLE·n_list chunks, 8,192 by default (a query that sees fewer searches exactly), and
+#    centroids come from the first SAMPLE·n_list chunks, by default 8,192 (a query that sees fewer is exact), and
 #    a chunk joins its list when it is finished, and stays there. Equal keys join equal lists, however many are compared
 #    at once: in float64 a product's rounding, which depends on that, is too small to be seen in the result.
 #    A chunk that is like no centroid would be lost in whichever list it joins, and is just what one looks for. So these
-#    outliers (less similar to their centroid than all but one in OUTLIERS of the first) have the last list, always probed.
+#    outliers (less like their centroid than all but one in OUTLIERS of the first) have the last list, always probed.
 
 SAMPLE, OUTLIERS = 16, 1024  # chunks per list, of which the centroids are made; one in so many of these is an outlier
 
