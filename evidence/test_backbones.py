@@ -132,9 +132,9 @@ def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
 @pytest.mark.parametrize("name", ["minGRU-pytorch minGRU", "transformers Mamba-2"])
 def test_a_foreign_recurrence_copies_with_the_branch(name, monkeypatch):
     monkeypatch.setattr(backbones, "ROW", 70)
-    score = backbones.copying(foreign(name), "resona", steps=70)
+    score = backbones.copying(foreign(name), "resona", steps=90)
     print(f"\n{name}: of 32 letters {score['32']:.3f} right, of 128 {score['128']:.3f}", end="")
-    assert score["32"] > 0.8
+    assert score["32"] > 0.9
 
 
 # ---------------------------------------------------------------- in a model that is trained already
