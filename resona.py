@@ -18,7 +18,7 @@ Letters, the same throughout (U, α and k, here K, are the paper's, the others o
     W  width of the convolution   N  states per channel (SelectiveSSM)   α  mixing coefficient, one per token
     c  search keys of chunks      k, v  keys and values of tokens        q  queries        n  how many, as said there
 
-Part I is the whole model, slow, and needs torch alone. Part II puts fast twins in the place of its three loops.
+Part I is the whole model, slow, with torch alone. Part II binds its loops' names to fast twins, its checks' to real ones.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Memory(NamedTuple):
 class Retrieval(nn.Module):
     """The branch: output, memory = branch(z, u, y, memory=None), in four steps: remember, search, attend, mix.
     z: (B, L, D) normed layer input, u: (B, L, D) short features of it, y: (B, L, D) the backbone's output
-    -> (1-α)·y + α·r, without a residual connection; memory: what it has read, to go on from. closed: α is multiplied by
+    -> (1-α)·y + α·r, α one per token, 0 where nothing is found; memory: what it has read, to go on. closed: α times
     a learned gate that starts at zero, so a trained model is unchanged at first. n_list: lists, if any (Part II)."""
 
     def __init__(self, d_model: int, n_head: int = 4, chunk_size: int = 4, top_k: int = 4, d_search: int = 32,
@@ -198,7 +198,7 @@ class Retrieval(nn.Module):
             new = self.encode(u[:, :end + 1], z[:, :end])
             c, k, v = new if past is None else map(append, past[:3], new)
             past = Memory(c, k, v, u, z, update_lists(c, self.n_list, past and past.lists) if self.n_list else None)
-        return past._replace(u=u[:, end:].clone(), z=z[:, end:].clone())
+        return past._replace(u=u[:, end:].clone(), z=z[:, end:].clone())  # of u and z only what waits
 
     def encode(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u: (B, 1 + M·U, D), z: (B, M·U, D) -> c, k, v of M chunks. Token keys are one step late: the key of
