@@ -18,7 +18,7 @@ Letters, the same throughout (U, α and k, here K, are the paper's, the others o
     W  width of the convolution   N  states per channel (SelectiveSSM)   α  mixing coefficient, one per token
     c  search keys of chunks      k, v  keys and values of tokens        q  queries        n  how many, as said there
 
-Part I is the whole model, slow, with torch alone. Part II binds its loops' names to fast twins, its checks' to real ones.
+Part I is the model, slow, with torch alone. Part II binds its loops' names to fast twins, its checks' to real ones.
 """
 
 from __future__ import annotations
