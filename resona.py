@@ -18,7 +18,7 @@ Letters, the same throughout (U, α and k, here K, are the paper's, the others o
     W  width of the convolution   N  states per channel (SelectiveSSM)   α  mixing coefficient, one per token
     c  search keys of chunks      k, v  keys and values of tokens        q  queries        n  how many, as said there
 
-Part I is the whole model, slow, and needs torch alone. Part II puts fast twins in the place of its three loops.
+Part I is the model, slow, with torch alone. Part II binds its loops' names to fast twins, its checks' to real ones.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Memory(NamedTuple):
 class Retrieval(nn.Module):
     """The branch: output, memory = branch(z, u, y, memory=None), in four steps: remember, search, attend, mix.
     z: (B, L, D) normed layer input, u: (B, L, D) short features of it, y: (B, L, D) the backbone's output
-    -> (1-α)·y + α·r, without a residual connection; memory: what it has read, to go on from. closed: α is multiplied by
+    -> (1-α)·y + α·r, α one per token, 0 where nothing is found; memory: what it has read, to go on. closed: α times
     a learned gate that starts at zero, so a trained model is unchanged at first. n_list: lists, if any (Part II)."""
 
     def __init__(self, d_model: int, n_head: int = 4, chunk_size: int = 4, top_k: int = 4, d_search: int = 32,
@@ -198,7 +198,7 @@ class Retrieval(nn.Module):
             new = self.encode(u[:, :end + 1], z[:, :end])
             c, k, v = new if past is None else map(append, past[:3], new)
             past = Memory(c, k, v, u, z, update_lists(c, self.n_list, past and past.lists) if self.n_list else None)
-        return past._replace(u=u[:, end:].clone(), z=z[:, end:].clone())
+        return past._replace(u=u[:, end:].clone(), z=z[:, end:].clone())  # of u and z only what waits
 
     def encode(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u: (B, 1 + M·U, D), z: (B, M·U, D) -> c, k, v of M chunks. Token keys are one step late: the key of
@@ -436,7 +436,7 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
 
 def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """score.topk(k) of score: (..., M), several times as fast where topk would cost more than the product. The best k
-    stand in the k groups of 16 with the best maxima, as each other group has k better ones, or among the last few."""
+    stand in the k groups of 16 with the best maxima, for k scores are as good as any other group's, or are last."""
     M, n = score.shape[-1], score.shape[-1] // 16  # n groups; each holds every n-th score, and the last few are in none
     if M <= 32 * k or score.numel() <= 2**14:
         return score.topk(k)
@@ -522,12 +522,12 @@ def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[sl
 
 # 4. The inverted file (IVF, as in FAISS), for more than some 30,000 chunks; with fewer the exact search is as quick.
 #    Similar chunks stand in one of n_list lists, each with a centroid, the direction of its mean key. A query scores
-#    the centroids, then only the chunks in the n_probe lists of the best. It stays causal and obeys the state law:
-#    The centroids come from the first SAMPLE·n_list chunks, by default 8,192; a query that sees fewer searches exactly.
-#    A chunk joins its list when it is finished, and stays there; float64 sees to it that equal keys join equal lists.
-#    A chunk that is like no centroid would be lost in whichever list it joins, and is just what one looks for. So
-#    these outliers (less similar to their centroid than all but one in OUTLIERS of the first chunks) have a list of
-#    their own, the last, which every query probes.
+#    the centroids, then only the chunks in the n_probe lists of the best. It is causal and obeys the state law, as the
+#    centroids come from the first SAMPLE·n_list chunks, by default 8,192 (a query that sees fewer is exact), and
+#    a chunk joins its list when it is finished, and stays there. Equal keys join equal lists, however many are compared
+#    at once: in float64 a product's rounding, which depends on that, is too small to be seen in the result.
+#    A chunk that is like no centroid would be lost in whichever list it joins, and is just what one looks for. So these
+#    outliers (less like their centroid than all but one in OUTLIERS of the first) have the last list, always probed.
 
 SAMPLE, OUTLIERS = 16, 1024  # chunks per list, of which the centroids are made; one in so many of these is an outlier
 
@@ -582,7 +582,7 @@ def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, memb
     """q: (L, S), c: (M, S), probed: (lists, L) -> index: (L, top_k), list by list: all queries that probe it meet its
     chunks in one matrix product, some four million scores at a time, and keep the best of these and of those before."""
     score, index = q.new_full((len(q), top_k), -math.inf), torch.full((len(q), top_k), -1, device=q.device)
-    if len(q) == 1:  # all chunks that it probes as one list, and that it probes it
+    if len(q) == 1:  # all chunks that it probes as one list, which it probes: the last row, of outliers, is all True
         lists, probed = [probed[member, 0].nonzero().squeeze(1)], probed[-1:]
     else:
         lists = member.argsort(stable=True).split(member.bincount(minlength=len(probed)).tolist())

@@ -129,12 +129,12 @@ def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
         assert_close(model(tokens[rows, 18:], state.select(rows))[0], whole[rows, 18:], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["minGRU-pytorch minGRU", "transformers Mamba-2", "fla delta rule, naive"])
+@pytest.mark.parametrize("name", ["minGRU-pytorch minGRU", "transformers Mamba-2"])
 def test_a_foreign_recurrence_copies_with_the_branch(name, monkeypatch):
     monkeypatch.setattr(backbones, "ROW", 70)
     score = backbones.copying(foreign(name), "resona", steps=90)
     print(f"\n{name}: of 32 letters {score['32']:.3f} right, of 128 {score['128']:.3f}", end="")
-    assert score["32"] > 0.8
+    assert score["32"] > 0.9
 
 
 # ---------------------------------------------------------------- in a model that is trained already

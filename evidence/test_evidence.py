@@ -458,7 +458,8 @@ def test_cost_measures_every_model(tmp_path, capsys):
 
 def test_choose_scores_and_times_every_model(tmp_path, monkeypatch):
     for name, value in (("LENGTHS", (128, 256)), ("OPENED", (1, 4)), ("RESULTS", tmp_path / "choose.json"),
-                        ("IVF", {"search": "ivf", "n_list": 2, "n_probe": 1})):
+                        ("IVF", {"search": "ivf", "n_list": 2, "n_probe": 1}),
+                        ("MODELS", {name: name for name in ("resona", "nope", "ssm4")})):
         monkeypatch.setattr(choose, name, value)
     for module in (choose, cost):
         monkeypatch.setattr(module, "DECODED", 1)
