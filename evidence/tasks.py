@@ -392,7 +392,7 @@ class Text:
     Tests: held-out text, and the second reading of 128 held-out bytes in rows of each length."""
 
     vocab_size, unit, lengths = 256, "bytes", [TEXT_ROW, 2048, 8192]
-    lr, steps, test_top_k = rates(3e-2, 1e-2, 1e-2), 700, 32
+    lr, steps, test_top_k = {**rates(3e-2, 6.7e-3, 1e-2), "retrieval": 1e-2}, 700, 32
     config = {"chunk_size": 2, "d_conv": 8, "top_k": 16, "retrieval": [0]}
 
     def __init__(self, data: Path | None = None):
