@@ -179,10 +179,10 @@ class Retrieval(nn.Module):
                 top_k: int | None = None) -> tuple[Tensor, Memory]:
         check_shapes("BLD BLD BLD", z, u, y)  # y has the backbone's shape
         memory = self.remember(z, u, memory)  # with these tokens: the search hides from each what ends after it
-        read = memory.k.shape[1] * self.chunk_size + memory.z.shape[1]  # tokens so far, these included
+        offset = memory.k.shape[1] * self.chunk_size + memory.z.shape[1] - z.shape[1]  # tokens before these
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D): the output asks, with the short features
         query = self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)  # of length 1, sharpened
-        score, index = self.search(query, memory, top_k or self.top_k, read - z.shape[1])  # (B, L, K)
+        score, index = self.search(query, memory, top_k or self.top_k, offset)  # (B, L, K)
         q = self.query(asks).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
         alpha = self.gate * torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 if nothing was found
@@ -197,7 +197,7 @@ class Retrieval(nn.Module):
         if past is None or end:
             new = self.encode(u[:, :end + 1], z[:, :end])
             c, k, v = new if past is None else map(append, past[:3], new)
-            past = Memory(c, k, v, u, z, update_lists(c, self.n_list, past and past.lists) if self.n_list else None)
+            past = Memory(c, k, v, u, z, update_lists(c, self.n_list, None if past is None else past.lists))
         return past._replace(u=u[:, end:].clone(), z=z[:, end:].clone())  # of u and z only what waits
 
     def encode(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,8 +208,9 @@ class Retrieval(nn.Module):
         return self.search_key(u), self.key(u[:, :-1]).reshape(chunks), self.value(z).reshape(chunks)
 
     def search(self, query: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        lists = (memory.lists, self.n_probe) if memory.lists else ()
-        return (search_ivf if lists else search)(query, memory.c, top_k, self.chunk_size, offset, *lists)
+        if memory.lists is None:
+            return search(query, memory.c, top_k, self.chunk_size, offset)  # the function of that name
+        return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
 
 
 class ChunkEncoder(nn.Module):
@@ -302,7 +303,7 @@ class GatedRecurrence(nn.Module):
 class SelectiveSSM(nn.Module):
     """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan,
 
-        h[d, n] = exp(Δ[d]·A[d, n])·h[d, n] + Δ[d]·In[n]·u[d],   y[d] = Σ_n Out[n]·h[d, n] + skip[d]·u[d],
+        h[t, d, n] = exp(Δ[d]·A[d, n])·h[t-1, d, n] + Δ[d]·In[n]·u[d],   y[d] = Σ_n Out[n]·h[t, d, n] + skip[d]·u[d],
     with step Δ = softplus, maps In and Out linear in the token, and A < 0 learned. Output: linear (y · silu(gate))."""
 
     def __init__(self, d_model: int, d_state: int = 16):
@@ -331,7 +332,7 @@ make_branch = lambda c: Retrieval(c.d_model, c.n_head, c.chunk_size, c.top_k, c.
 wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # in float32 at least
 scan, search, attend = scan_naive, search_naive, attend_naive  # These are looked up whenever they are called:
 append = lambda past, new: torch.cat([past, new], dim=1)  # Part II binds the names to fast versions and real checks.
-check = check_int = check_config = check_call = check_shapes = lambda *_: None
+check = check_int = check_config = check_call = check_shapes = update_lists = lambda *_: None
 # ============================================================================================= END OF PART I
 
 
@@ -347,7 +348,6 @@ from torch.utils._pytree import tree_map_only
 
 import kernels
 
-ONCE = "no second derivative (create_graph=True) of the fast loops: resona.IMPLEMENTATION = 'naive' has it"
 
 # 1. The scan. Two steps compose into one, h -> (a₂a₁)·h + (a₂b₁ + b₂): whatever enters a block of steps, what
 #    leaves it is known from two numbers a channel, the product of its a and where it ends if it starts at zero.
@@ -436,7 +436,7 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
 
 def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """score.topk(k) of score: (..., M), several times as fast where topk would cost more than the product. The best k
-    stand in the k groups of 16 with the best maxima, for k scores are as good as any other group's, or are last."""
+    stand in the k groups of 16 with the best maxima: what another group holds, these k maxima are at least as good."""
     M, n = score.shape[-1], score.shape[-1] // 16  # n groups; each holds every n-th score, and the last few are in none
     if M <= 32 * k or score.numel() <= 2**14:
         return score.topk(k)
@@ -522,12 +522,12 @@ def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[sl
 
 # 4. The inverted file (IVF, as in FAISS), for more than some 30,000 chunks; with fewer the exact search is as quick.
 #    Similar chunks stand in one of n_list lists, each with a centroid, the direction of its mean key. A query scores
-#    the centroids, then only the chunks in the n_probe lists of the best. It is causal and obeys the state law, as the
-#    centroids come from the first SAMPLE·n_list chunks, by default 8,192 (a query that sees fewer is exact), and
-#    a chunk joins its list when it is finished, and stays there. Equal keys join equal lists, however many are compared
-#    at once: in float64 a product's rounding, which depends on that, is too small to be seen in the result.
-#    A chunk that is like no centroid would be lost in whichever list it joins, and is just what one looks for. So these
-#    outliers (less like their centroid than all but one in OUTLIERS of the first) have the last list, always probed.
+#    the centroids, then only the chunks in the n_probe lists of the best. Causality and the state law hold: centroids
+#    are made of the first SAMPLE·n_list chunks, by default 8,192 (a query that sees fewer searches exactly); a chunk
+#    stays in the list that it joins when it is finished; and equal keys join equal lists, as float64 hides the rounding
+#    of a product, which depends on how many are compared at once. A chunk like no centroid, just what one looks for,
+#    would be lost in any list. So outliers have the last list, which all queries probe: chunks less like their centroid
+#    than all but one in OUTLIERS of the first.
 
 SAMPLE, OUTLIERS = 16, 1024  # chunks per list, of which the centroids are made; one in so many of these is an outlier
 
@@ -539,9 +539,9 @@ class Lists(NamedTuple):
 
 
 def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists | None:
-    """The lists of chunk keys c: (B, M, S), None while these are fewer than SAMPLE·n_list; known: of the first M."""
+    """The lists of chunk keys c: (B, M, S), None if n_list is 0 or M < SAMPLE·n_list; known: of the first chunks."""
     c, first = c.detach(), c[:, :SAMPLE * n_list].detach()
-    if first.shape[1] < SAMPLE * n_list:
+    if n_list == 0 or c.shape[1] < SAMPLE * n_list:
         return None
     if known is None:
         centroids = first[:, ::SAMPLE]
@@ -620,6 +620,7 @@ def append(past: Tensor, new: Tensor) -> Tensor:
 # 6. The switch. "auto" takes the Triton kernel on a GPU, once it has agreed with its twin there, and else PyTorch.
 
 IMPLEMENTATION = "auto"  # or "naive", "parallel", "triton"
+ONCE = "no second derivative (create_graph=True) of the fast loops: resona.IMPLEMENTATION = 'naive' has it"
 
 
 def _switch(naive: Callable, parallel: Callable, kernel: Callable) -> Callable:
@@ -676,9 +677,8 @@ def select(self: State, rows: Tensor) -> State:
     """Rows of the batch, int64, in any order and also repeated: for beam search, or several samples of one prompt."""
     with torch.device("meta"):  # nn.RNNBase has the batch in the second dimension of its states, others in the first
         dims = 0, int(isinstance(make_backbone(self.config), nn.RNNBase)), 0  # of convolution's, backbone's, memory
-    return self._replace(layers=[tuple(
-        tree_map_only(Tensor, lambda x: x.index_select(dim, rows.to(x.device)), part)
-        for part, dim in zip(layer, dims)) for layer in self.layers])
+    return self._replace(layers=[tuple(tree_map_only(Tensor, lambda x: x.index_select(dim, rows.to(x.device)), part)
+                                       for part, dim in zip(layer, dims)) for layer in self.layers])
 
 
 Resona.inspect, Resona.save, Resona.load = inspect, save, classmethod(load)

@@ -56,8 +56,7 @@ def copy_string(rng: Rng, length: int) -> Rows:
     """One string of `length` letters, to be copied, and which of its tokens are scored.
 
         tokens  $ c a t | c a t .
-        scored  0 0 0 0 0 1 1 1 1
-    """
+        scored  0 0 0 0 0 1 1 1 1"""
     x = rng.integers(0, 26, length)
     tokens = np.concatenate([[START], x, [SEPARATOR], x, [END]])
     return tokens, np.arange(len(tokens)) >= length + 2
@@ -68,8 +67,7 @@ def packed(rng: Rng, draw: Callable[[Rng, int], Rows], shortest: int, longest: i
     better than one string a row. The last one, if it does not fit to its end, is cut off there and not scored.
 
         inputs   $ c a t | c a t . $ o w l s | o      and w was cut off
-        targets  - - - - c a t . - - - - - - - -      the next token of each, - where nothing is scored
-    """
+        targets  - - - - c a t . - - - - - - - -      the next token of each, - where nothing is scored"""
     rows = []
     for _ in range(BATCH):
         tokens, scored = np.empty(0, int), np.empty(0, bool)
@@ -94,8 +92,7 @@ class Bilingual:
         inputs   b K S  a O T  f M O  2  a b b f 1  a f    letters: words 0..31; capitals: translations 32..63;
         targets  - - -  - - -  - - -  -  T S S O -  O M    1, 2: signs 64, 65; - nothing is scored
     A state of fixed size keeps the language but not the dictionary; retrieval finds the word but not which of two
-    signs, seen many times, came last. Languages are drawn anew at each sign; what a model answers is never shown to it.
-    """
+    signs, seen many times, came last. Languages are drawn anew at each sign; a model never sees what it answers."""
 
     vocab_size = 66  # 32 words, 32 translations that both languages share, two signs
     unit, lengths = "entries", [16, 32]  # of the tests; "long": four times the questions, a sign four times as rare
@@ -184,6 +181,8 @@ def train(name: str, model: Resona, task: Any, args: argparse.Namespace) -> floa
         lr = task.lr[name] * min((step + 1) / WARMUP, 1 - step / task.steps)
         inputs, targets = (torch.as_tensor(x, device=args.device) for x in task.batch(rng))
         loss, accuracy = train_step(model, optimizer, lr, inputs, targets)
+        if not np.isfinite(loss):
+            raise UserError(f"{name} diverged at step {step + 1}: its loss is {loss}; try --lr below {task.lr[name]:g}")
         losses.append(loss)
         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == task.steps:
@@ -195,7 +194,8 @@ def train(name: str, model: Resona, task: Any, args: argparse.Namespace) -> floa
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, inputs: Tensor, targets: Tensor) -> tuple:
-    """One update -> loss and accuracy before it, over the scored tokens. A loss that is not finite changes nothing."""
+    """One update -> loss and accuracy before it, over the scored tokens. No update, and a loss that is not finite, if
+    either the loss or its gradient is not."""
     optimizer.param_groups[0]["lr"] = lr
     scored = (targets != IGNORE).sum()  # in the whole batch, of which each process takes its rows
     inputs, targets = inputs[RANK::WORLD], targets[RANK::WORLD]
@@ -207,9 +207,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, in
     for part in [found, *(p.grad for p in model.parameters() if p.grad is not None)] if WORLD > 1 else ():
         distributed.all_reduce(part)  # the sum over all processes
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    if not torch.isfinite(found[0] + norm):
-        raise UserError("diverged: loss or gradient is not finite; try a lower --lr")
-    optimizer.step()
+    found[0] += 0 * norm  # which is 0, or NaN
+    if found[0].isfinite():
+        optimizer.step()
     return tuple(found.tolist())
 
 

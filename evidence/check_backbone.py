@@ -28,11 +28,11 @@ def check_backbone(module: nn.Module, d_model: int) -> None:
     check(bool(out[0].isfinite().all()), "backbone's output is not finite: are its weights initialized?")
     with torch.no_grad():
         same = partial(torch.allclose, rtol=1e-3, atol=1e-4 * out[0].abs().max().item())
-        check(same(module(row)[0][1], out[0][1]), "backbone mixes the rows of a batch: is its batch_first=True missing?")
+        check(same(module(row)[0][1], out[0][1]), "backbone mixes the rows of a batch: is batch_first=True missing?")
         check(same(module(late)[0][:, :4], out[0][:, :4]), "backbone looks ahead: an output depends on later tokens")
         dim, parts = int(isinstance(module, nn.RNNBase)), tree_leaves(out[1])
-        check(all(isinstance(part, Tensor) and part.shape[dim:dim + 1] == (2,) for part in parts), "backbone's state must "
-              "be made of tensors, batch first, as state.select chooses rows there; a cache object must be taken apart")
+        check(all(isinstance(part, Tensor) and part.shape[dim:dim + 1] == (2,) for part in parts), "backbone's state "
+              "must be made of tensors, batch first, where state.select chooses rows; take a cache object apart")
         first, state = module(x[:, :3])
         (rest, later), (again, _) = (module(x[:, 3:5], state) for _ in range(2))
         check(same(rest, again), "backbone changes the state that it is given; it must return a new one")

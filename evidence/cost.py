@@ -2,6 +2,7 @@
 
     python -m evidence.cost                 # 256 to 65,536 tokens, two minutes on one thread
     python -m evidence.cost --longest 4096  # half a minute
+    python -m evidence.cost --ratios        # instead, the models against each other in longer batches; memory
 
 Four models of the same width (64) and depth (2), untrained: the bare recurrence, Resona (exact and with the inverted
 file) and attention (scaled_dot_product_attention, its cache in a buffer that doubles, as Resona's memory). One thread,
@@ -16,6 +17,7 @@ import json
 import platform
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable
 
@@ -23,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import train_toy  # noqa: F401  (registers the attention)
+from evidence.run import peak_memory
 from resona import Resona, ResonaConfig
 
 RESULTS = Path(__file__).with_name("results") / "cost.json"
@@ -94,16 +97,50 @@ def measure(longest: int) -> dict[str, dict[str, dict[str, float]]]:
     return result
 
 
+def ratios() -> None:
+    """Print what README.md compares with its bars: each line is of one run, in which the models take turns."""
+    def compare(what: str, start: Callable, B: int, L: int) -> None:
+        tokens = torch.randint(0, 30, (B, L), generator=torch.Generator().manual_seed(0))
+        names = [name for name in MODELS if name != "Resona, ivf"]
+        times = shortest({name: start(make(name), tokens) for name in names}, 5)
+        print(f"{what}, {B} x {L} tokens: attention / Resona {times['attention'] / times['Resona']:.2f}, Resona / "
+              f"recurrence {times['Resona'] / times['recurrence']:.2f}", flush=True)
+
+    for name in ("recurrence", "Resona"):  # first, as a child's peak starts from its parent's
+        with get_context("spawn").Pool(1) as fresh:
+            print(f"training, 1 x 65536 tokens, {name}: {fresh.apply(memory, (name,)):.0f} MiB above the start")
+    for L in (512, 4096, 16384):
+        compare("training", training, 16384 // L, L)
+    for L in (4096, 16384):
+        compare("prompt", prompt, 1, L)
+    for B, L in ((1, 256), (1, 16384), (16, 4096)):
+        compare("decoding", decoding, B, L)
+
+
+def memory(name: str) -> float:
+    """MiB that a training step on 65,536 tokens takes at most."""
+    torch.set_num_threads(1)
+    model = make(name)
+    training(model, torch.zeros(1, 64, dtype=torch.int64))()
+    start = peak_memory("cpu")
+    training(model, torch.randint(0, 30, (1, 65536)))()
+    return (peak_memory("cpu") - start) * 1024
+
+
 def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
     parser = argparse.ArgumentParser("evidence.cost", description=__doc__.split("\n")[0])
     parser.add_argument("--longest", type=int, default=65536, help="text, in tokens (default: 65536)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results")
+    parser.add_argument("--ratios", action="store_true", help="instead, models against each other, and memory")
     args = parser.parse_args(argv)
     if args.longest < 256:
         print(f"evidence.cost: --longest must be at least 256, got {args.longest}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
+    if args.ratios:
+        ratios()
+        return 0
     report = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1,
               "microseconds_a_token": measure(args.longest)}
     args.out.write_text(json.dumps(report, indent=1))

@@ -4,10 +4,10 @@
     python -m evidence.notebook parts              # bilingual without one part of Resona: within a quarter of an hour
     python -m evidence.notebook limit --resume     # goes on after Ctrl-C
 
-limit: recurrences of two layers of 8 to 64 channels, whose state has twice as many numbers, learn to copy strings of 4 to
-32 letters. parts: one layer learns bilingual, with one thing taken out at a time. Both at the rates of train_toy.py, seed
-0, and with each number of steps from the start. Writes to evidence/results limit.json and parts.json, what each has
-after so many steps, and limit-<width>.pt and parts-<name>.pt, those trained for longest, in half precision.
+limit: recurrences of two layers of 8 to 64 channels, whose state has twice as many numbers, learn to copy strings of
+4 to 32 letters. parts: one layer learns bilingual, with one thing taken out at a time. Both at the rates of
+train_toy.py, seed 0, with each number of steps from the start. Writes to evidence/results limit.json and parts.json,
+what each has after so many steps, and limit-<width>.pt and parts-<name>.pt, those trained longest, in half precision.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 that starts closed, also in a model that is trained already. Recurrences of packages that are not installed
 (evidence/requirements.txt) are skipped. python -m pytest evidence/test_backbones.py -s"""
 
+import math
 from copy import deepcopy
 
 import numpy as np
@@ -21,13 +22,13 @@ from train_toy import Copying, copy_string, packed
 
 
 def test_any_recurrence_copies_with_the_branch_and_not_without():
-    """Plug and play: a recurrence from outside resona.py. The fifth exercise of the notebook does it with a delta rule."""
-    accuracy, test, backbone = {}, Copying().test, gru
+    """Plug and play: nn.GRU. The fifth exercise of the notebook does the same with a delta rule."""
+    accuracy, test = {}, Copying().test
     for retrieval in (False, True):
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
         width = 64 if retrieval else 104  # about as many parameters
-        model = Resona(ResonaConfig(30, d_model=width, backbone=backbone, retrieval=retrieval))
+        model = Resona(ResonaConfig(30, d_model=width, backbone=gru, retrieval=retrieval))
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
         for step in range(100):
             rows = map(torch.as_tensor, packed(rng, copy_string, 4, 16, row=70))
@@ -35,7 +36,7 @@ def test_any_recurrence_copies_with_the_branch_and_not_without():
         for length in (16, 64):
             rows = test(rng, length)[str(length)]
             accuracy[retrieval, length] = train_toy.evaluate(model, rows, "cpu")["token_accuracy"]
-        print(f"\n{backbone.__name__}, {retrieval=}, {train_toy.count(model):,} parameters: of 16 letters "
+        print(f"\nnn.GRU, {retrieval=}, {train_toy.count(model):,} parameters: of 16 letters "
               f"{accuracy[retrieval, 16]:.3f} right, of 64 {accuracy[retrieval, 64]:.3f}", end="")
     assert accuracy[True, 16] > 0.9 and accuracy[True, 64] > 0.75
     assert accuracy[True, 16] > accuracy[False, 16] + 0.3 and accuracy[True, 64] > accuracy[False, 64] + 0.5
@@ -49,18 +50,21 @@ class Bad(nn.Module):
         self.mistake = mistake
 
     def forward(self, x, state=None):
-        h = x.cumsum(1) + (0 if state is None or self.mistake == "forgets" else state[:, None])
+        forgets = self.mistake == "forgets" or self.mistake == "single" and x.shape[1] == 1
+        h = x.cumsum(1) + (0 if state is None or forgets else state[:, None])
         new = h[:, -1].clone()
         if state is not None and self.mistake == "in place":
             new = state.copy_(new)
         return {"no state": h, "none": (h, None), "shape": (h[..., :2], new), "ahead": (h.flip(1), new),
-                "rows": (h.flip(0), new)}.get(self.mistake, (h, new))
+                "rows": (h.flip(0), new), "nan": (h * math.nan, new), "batch last": (h, new.mT),
+                "cache": (h, {"cache": self})}.get(self.mistake, (h, new))
 
 
 @pytest.mark.parametrize("module, words", [
     (Bad("no state"), ["state", "Tensor"]), (Bad("none"), ["not None"]), (Bad("shape"), ["[2, 6, 4]", "[2, 6, 2]"]),
     (Bad("ahead"), ["later"]), (Bad("rows"), ["rows", "batch_first"]), (nn.GRU(4, 4), ["batch_first"]),
-    (Bad("in place"), ["changes the state"]), (Bad("forgets"), ["state law"])])
+    (Bad("in place"), ["changes the state"]), (Bad("forgets"), ["state law"]), (Bad("single"), ["single token"]),
+    (Bad("nan"), ["not finite"]), (Bad("batch last"), ["batch first"]), (Bad("cache"), ["made of tensors"])])
 def test_check_backbone_names_the_mistake(module, words):
     one_line(ValueError, lambda: check_backbone(module, 4), "backbone", *words)
 
@@ -77,7 +81,8 @@ def test_rows_of_a_state_can_be_chosen_and_a_state_saved(backbone, monkeypatch, 
     monkeypatch.setitem(BACKBONES, "gru", gru)
     monkeypatch.setitem(BACKBONES, "lstm", lambda d: nn.LSTM(d, d, batch_first=True))
     model = small_model(backbone, n_layer=1, search="ivf", n_list=1, n_probe=1)
-    for tokens, rows in ((random_tokens(3, 90), torch.tensor([2, 0, 2, 1])), (random_tokens(1, 90), torch.tensor([0, 0]))):
+    for B, rows in ((3, torch.tensor([2, 0, 2, 1])), (1, torch.tensor([0, 0]))):
+        tokens = random_tokens(B, 90)
         _, state = model(tokens[:, :71])
         assert state.layers[0][2].lists is not None
         torch.save(state, tmp_path / "state.pt")
@@ -111,7 +116,7 @@ def foreign(name, d_model=16):
 
 @pytest.mark.parametrize("name", backbones.FOREIGN)
 def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
-    """Alone and in a model that can be trained, with a state whose rows can be chosen. Inside some compute in float32."""
+    """Alone and in a model that can be trained, with a state whose rows can be chosen. Some compute in float32."""
     make = foreign(name)
     check_backbone(make(16), 16)
     assert backbones.law_error(make(16), 16) < 1e-5
@@ -207,13 +212,17 @@ def test_training_compiles_without_a_graph_break(backbone):
     assert_close(*gradients, rtol=0, atol=1e-12)
 
 
-def test_a_second_derivative_is_refused_by_the_fast_loops_and_right_in_the_slow_ones(monkeypatch):
-    a, b = (torch.rand(1, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+@pytest.mark.parametrize("loop", ["scan", "attend"])
+def test_a_second_derivative_is_refused_by_the_fast_loops_and_right_in_the_slow_ones(loop, monkeypatch):
+    x = torch.rand(1, 5, 2, 2, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([[[0, -1], [0, 1], [1, 0], [1, 0], [0, 1]]])
 
-    def penalty():
-        gradient, = torch.autograd.grad(resona.scan(a, b).square().sum(), a, create_graph=True)
-        return torch.autograd.grad(gradient.square().sum(), (a, b))
+    def output(x):
+        if loop == "scan":
+            return resona.scan(x.flatten(2), x.flatten(2).square())
+        chunks = x[:, :4].unflatten(1, (2, 2))
+        return resona.attend(x, chunks, chunks.square(), x[..., 0].masked_fill(index < 0, -math.inf), index)
 
-    one_line(ValueError, penalty, "create_graph", "naive")
+    one_line(ValueError, lambda: torch.autograd.grad(output(x).sum(), x, create_graph=True), "create_graph", "naive")
     monkeypatch.setattr(resona, "IMPLEMENTATION", "naive")
-    assert all(gradient.abs().sum() > 0 for gradient in penalty())
+    assert torch.autograd.gradgradcheck(output, x)

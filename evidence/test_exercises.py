@@ -1,4 +1,4 @@
-"""Worked answers to the five exercises of tutorial.ipynb, which say what they found: python -m pytest evidence -s -k exercise."""
+"""Worked answers to the five exercises of tutorial.ipynb, which print what they found: pytest -s -k exercise."""
 
 import math
 
@@ -106,7 +106,7 @@ def test_exercise_2_open_only_what_you_need(copier, monkeypatch):
         if share in (0, 1):
             assert_close(copier(tokens)[0], one if share else before)
         opened[share] = (copier.inspect(tokens)[0]["index"][:, 129:] >= 0).sum(-1).float().mean().item()
-        print(f"\nshare {share}: while writing {opened[share]:.2f} chunks are open, {right[share]:.3f} of the tokens right", end="")
+        print(f"\nshare {share}: {opened[share]:.2f} chunks are open while writing, {right[share]:.3f} right", end="")
         assert laws(copier) == (True, True)
     assert opened[0.0] == 4 > opened[0.02] > opened[0.1] > opened[0.3] > opened[1.0] == 1
     assert opened[0.1] < 2 and right[0.1] > right[0.0] - 0.02
@@ -121,7 +121,7 @@ def reversed_string(rng, length):
 
 
 class Backwards(Retrieval):
-    """Asked with what was just written, a chunk is to answer with what stands before it: keys are on time, values late."""
+    """Asked with what was just written, a chunk answers with what stands before it: keys are on time, values late."""
 
     def encode(self, u, z):
         c, k, v = super().encode(u, z)
@@ -129,11 +129,12 @@ class Backwards(Retrieval):
 
 
 def test_exercise_3_a_reversed_string():
-    """As it is, one layer does not learn it: a key says what came before its token, and in a reversed string one knows what
-    came after. With keys of u at the token itself, and values of u at the token before, it does: asked with the two letters
-    just written, it finds where they end in the string, and in u, which spans four tokens, the letter before them."""
+    """As it is, one layer does not learn it: a key says what came before its token, and in a reversed string one knows
+    what came after. With keys of u at the token itself, and values of u at the token before, it does: asked with the
+    two letters just written, it finds where they end in the string, and in u, of four tokens, the letter before."""
     batch, right = lambda rng: strings(rng, reversed_string), {}
-    assert reversed_string(np.random.default_rng(0), 9)[0].tolist()[:10] == copy_string(np.random.default_rng(0), 9)[0].tolist()[:10]
+    there, back = (string(np.random.default_rng(0), 9)[0].tolist() for string in (copy_string, reversed_string))
+    assert back[:11] == there[:11] and back[11:-1] == there[1:10][::-1]
     for name, branch in (("as it is", Retrieval), ("backwards", Backwards)):
         model = new_model()
         model.layers[0].retrieval.__class__ = branch
@@ -165,9 +166,9 @@ class CentredByConstant(ChunkEncoder):
 
 
 def test_exercise_4_a_chunk_encoder_that_looks_right():
-    """Centred breaks both laws: a later chunk moves the keys of those before it, and a text read token by token has no other
-    chunks to take a mean of. It trains without complaint and copies either way, as the mean is small: no accuracy shows that
-    it has seen the future, only the tests of the laws do. (In resona.py: python -m pytest -k law.)"""
+    """Centred breaks both laws: a later chunk moves the keys of those before it, and a text read token by token has no
+    other chunks to take a mean of. It trains without complaint and copies either way, as the mean is small: no accuracy
+    shows that it has seen the future, only the tests of the laws do. (In resona.py: python -m pytest -k law.)"""
     tokens = torch.from_numpy(np.stack([copy_string(np.random.default_rng(i), 32)[0] for i in range(16)]))
     for encoder, holds in ((Centred, (False, False)), (CentredByConstant, (True, True))):
         model = new_model()
@@ -183,8 +184,9 @@ def test_exercise_4_a_chunk_encoder_that_looks_right():
 
 # ------------------------------------------------------------------------------------------ 5. the delta rule
 class DeltaRule(nn.Module):
-    """S = S + k·nᵀ with the correction n = β·(v - Sᵀk), and y = Sᵀq, in blocks of tokens. In a block that starts from S₀
-    corrections depend on those before them: n_t + β_t Σ_{s<t} (k_t·k_s) n_s = β_t (v_t - S₀ᵀk_t), a triangular system."""
+    """S = S + k·nᵀ with the correction n = β·(v - Sᵀk), and y = Sᵀq, in blocks of tokens. In a block that starts from
+    S₀ corrections depend on those before them: n_t + β_t Σ_{s<t} (k_t·k_s) n_s = β_t (v_t - S₀ᵀk_t), which is a
+    triangular system."""
 
     def __init__(self, d_model, n_head=4, block=32):
         super().__init__()
@@ -205,9 +207,9 @@ class DeltaRule(nn.Module):
 
 
 def test_exercise_5_the_delta_rule():
-    """It copies with the retrieval, as any recurrence does. Alone, after 400 steps, it holds a little more than the gated one of
-    as many channels, and not eight times as much, as its state of 4·8·8 = 256 numbers has room for: of the two
-    limits, size and training, the second comes first here."""
+    """It copies with the retrieval, as any recurrence does. Alone, after 400 steps, it holds a little more than the
+    gated one of as many channels, and not eight times as much, as its state of 4·8·8 = 256 numbers has room for: of the
+    two limits, size and training, the second comes first here."""
     rule, one, u = DeltaRule(16).double(), DeltaRule(16, block=1).double(), torch.randn(2, 70, 16, dtype=torch.float64)
     one.load_state_dict(rule.state_dict())
     assert_close(rule(u), one(u), rtol=0, atol=1e-9)  # with blocks of one the solve has nothing to do
