@@ -185,7 +185,7 @@ class Retrieval(nn.Module):
         score, index = self.search(query, memory, top_k or self.top_k, offset)  # (B, L, K)
         q = self.query(asks).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
-        alpha = self.gate * torch.sigmoid(self.alpha(asks)) * (index[..., :1] >= 0)  # (B, L, 1), 0 if nothing was found
+        alpha = self.gate * torch.sigmoid(self.alpha(asks)).masked_fill(index[..., :1] < 0, 0)  # (B, L, 1)
         self.opened = {"index": index, "score": score.detach(), "alpha": alpha.detach()}  # for inspect
         return torch.lerp(y, self.output(r.flatten(2)).to(y), alpha.to(y)), memory  # (1-α)·y + α·r
 
@@ -194,11 +194,12 @@ class Retrieval(nn.Module):
         u = torch.cat([z.new_zeros(len(z), 1, z.shape[2]) if past is None else past.u, u], dim=1)
         z = z if past is None else torch.cat([past.z, z], dim=1)
         end = z.shape[1] // self.chunk_size * self.chunk_size  # tokens whose chunks are finished now
-        if past is None or end:
-            new = self.encode(u[:, :end + 1], z[:, :end])
-            c, k, v = new if past is None else map(append, past[:3], new)
-            past = Memory(c, k, v, u, z, update_lists(c, self.n_list, None if past is None else past.lists))
-        return past._replace(u=u[:, end:].clone(), z=z[:, end:].clone())  # of u and z only what waits
+        if past is not None and end == 0:
+            return past._replace(u=u, z=z)
+        new = self.encode(u[:, :end + 1], z[:, :end])
+        c, k, v = new if past is None else map(append, past[:3], new)
+        lists = update_lists(c, self.n_list, None if past is None else past.lists)
+        return Memory(c, k, v, u[:, end:].clone(), z[:, end:].clone(), lists)  # of u and z only what waits
 
     def encode(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u: (B, 1 + M·U, D), z: (B, M·U, D) -> c, k, v of M chunks. Token keys are one step late: the key of
@@ -265,7 +266,6 @@ def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int 
 
 def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """Attention to the K·U tokens j of the chosen chunks: r = Σ_j w_j v_j, where, with s the chunks' scores,
-
         w = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
     The second term lets the loss say "this chunk more, that one less": it trains the search (not with K = 1).
     q: (B, L, H, E), k, v: (B, M, U, H, E), score, index: (B, L, K) -> r: (B, L, H, E), zero without a chunk."""
@@ -302,7 +302,6 @@ class GatedRecurrence(nn.Module):
 
 class SelectiveSSM(nn.Module):
     """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan,
-
         h[t, d, n] = exp(Δ[d]·A[d, n])·h[t-1, d, n] + Δ[d]·In[n]·u[d],   y[d] = Σ_n Out[n]·h[t, d, n] + skip[d]·u[d],
     with step Δ = softplus, maps In and Out linear in the token, and A < 0 learned. Output: linear (y · silu(gate))."""
 
@@ -431,18 +430,18 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
         hidden = torch.arange(all_see, score.shape[-1], device=q.device) >= ended.unsqueeze(1)
         score[..., all_see:].masked_fill_(hidden, -math.inf)
     score, index = best_of(score, top_k)
-    return score, index.masked_fill_(score == -math.inf, -1)
+    return score, index.masked_fill_(score == -math.inf, -1) if all_see < top_k else index
 
 
 def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """score.topk(k) of score: (..., M), several times as fast where topk would cost more than the product. The best k
-    stand in the k groups of 16 with the best maxima: what another group holds, these k maxima are at least as good."""
-    M, n = score.shape[-1], score.shape[-1] // 16  # n groups; each holds every n-th score, and the last few are in none
-    if M <= 32 * k or score.numel() <= 2**14:
+    stand in the k groups of 4 with the best maxima: what another group holds, these k maxima are at least as good."""
+    M, n = score.shape[-1], score.shape[-1] // 4  # n groups; each holds every n-th score, and the last few are in none
+    if M <= 8 * k or score.numel() <= 2**14:
         return score.topk(k)
-    groups = best_of(score[..., :16 * n].unflatten(-1, (16, n)).amax(-2), k)[1]  # (..., k)
-    last = torch.arange(16 * n, M, device=score.device).expand(*groups.shape[:-1], -1)
-    groups = groups.unsqueeze(-1) + torch.arange(0, 16 * n, n, device=score.device)  # (..., k, 16), their members
+    groups = best_of(score[..., :4 * n].unflatten(-1, (4, n)).amax(-2), k)[1]  # (..., k)
+    last = torch.arange(4 * n, M, device=score.device).expand(*groups.shape[:-1], -1)
+    groups = groups.unsqueeze(-1) + torch.arange(0, 4 * n, n, device=score.device)  # (..., k, 4), their members
     index = torch.cat([groups.flatten(-2), last], dim=-1)
     score, at = score.gather(-1, index).topk(k)
     return score, index.gather(-1, at)
@@ -451,7 +450,7 @@ def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def score_of(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
     """q: (B, L, S), c: (B, M, S), M >= 1, index: (B, L, K) -> q[t]·c[index[t, i]], -inf where the index is -1."""
     rows, c = _tables(index, c)
-    score = F.embedding(rows, c) @ q.flatten(0, 1).unsqueeze(2)  # (B·L, K, 1)
+    score = (F.embedding(rows, c) * q.flatten(0, 1).unsqueeze(1)).sum(2)  # (B·L, K); a product has a slower gradient
     return score.view(index.shape).masked_fill(index < 0, -math.inf)
 
 
@@ -475,24 +474,26 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
         return torch.zeros_like(q)
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K); of -inf alone it would be NaN
-    rows, k, v = _tables(index, k, v)
-    own = torch.eye(q.shape[2]).repeat_interleave(q.shape[3], dim=1).to(q)  # (H, H·E), 1 in a head's own columns
-    queries = q.flatten(2).flatten(0, 1) / math.sqrt(q.shape[3])  # (B·L, H·E)
-    r = _Attend.apply(queries, k.to(q.dtype), v.to(q.dtype), log_p.flatten(0, 1), rows, own)
+    bias = log_p.repeat_interleave(k.shape[2], dim=2).flatten(0, 1).unsqueeze(1)  # (B·L, 1, J), for J = K·U tokens
+    rows, k, v = _tables(index, k.to(q.dtype), v.to(q.dtype))
+    if len(rows) <= 64 and not torch.is_grad_enabled():  # token by token PyTorch's own, as it has fewer operations
+        keys, values = (F.embedding(rows, x).view(len(rows), -1, *q.shape[2:]).transpose(1, 2) for x in (k, v))
+        r = F.scaled_dot_product_attention(q.flatten(0, 1).unsqueeze(2), keys, values, bias.unsqueeze(1))
+    else:
+        own = torch.eye(q.shape[2]).repeat_interleave(q.shape[3], dim=1).to(q)  # (H, H·E), 1 in a head's own columns
+        r = _Attend.apply(q.flatten(2).flatten(0, 1) / math.sqrt(q.shape[3]), k, v, bias, rows, own)
     return r.view(q.shape).masked_fill(nothing.unsqueeze(-1), 0)
 
 
 class _Attend(torch.autograd.Function):
     """With w the weights and r = Σ_j w_j v_j:   dv_j = w_j·dr,   d(logit)_j = w_j·(dr·v_j - dr·r),   and from it
-    dq = Σ_j d(logit)_j·k_j,   dk_j = d(logit)_j·q,   d(log p) of a chunk = Σ over its tokens and heads."""
+    dq = Σ_j d(logit)_j·k_j,   dk_j = d(logit)_j·q,   d(bias)_j = Σ d(logit)_j over heads."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_p, rows, own):  # q, r: (B·L, H·E), k, v: (B·M, U·H·E), rows: (B·L, K), w: (B·L, H, J)
-        r, w = torch.empty_like(q), q.new_empty(len(q), len(own), rows.shape[1] * k.shape[1] // q.shape[1])
+    def forward(ctx, q, k, v, bias, rows, own):  # q, r: (B·L, H·E), k, v: (B·M, U·H·E), rows: (B·L, K), w: (B·L, H, J)
+        r, w = torch.empty_like(q), q.new_empty(len(q), len(own), bias.shape[2])
         for t, keys, values in _opened(k, v, rows, q.shape[1]):
-            logit = (q[t].unsqueeze(1) * own) @ keys.mT  # (n, H, J)
-            logit = logit.unflatten(2, (rows.shape[1], -1)) + log_p[t, None, :, None]  # (n, H, K, U)
-            w[t] = logit.flatten(2).softmax(2)
+            w[t] = torch.baddbmm(bias[t], q[t].unsqueeze(1) * own, keys.mT).softmax(2)
             r[t] = (w[t] @ values).mul_(own).sum(1)
         ctx.save_for_backward(q, k, v, rows, own, w)
         return r
@@ -501,16 +502,15 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, dr):
         check(not torch.is_grad_enabled(), ONCE)
         q, k, v, rows, own, w = ctx.saved_tensors
-        dq, dk, dv, dlog_p = *map(torch.zeros_like, (q, k, v)), q.new_empty(rows.shape)
+        dq, dk, dv, dbias = *map(torch.zeros_like, (q, k, v)), q.new_empty(len(q), 1, w.shape[2])
         for t, keys, values in _opened(k, v, rows, q.shape[1]):
             queries, douts = q[t].unsqueeze(1) * own, dr[t].unsqueeze(1) * own  # (n, H, H·E)
             dw = douts @ values.mT  # (n, H, J)
             dlogit = w[t] * (dw - (w[t] * dw).sum(2, keepdim=True))
-            dq[t] = (dlogit @ keys).mul_(own).sum(1)
-            dlog_p[t] = dlogit.sum(1).unflatten(1, (rows.shape[1], -1)).sum(2)
+            dq[t], dbias[t] = (dlogit @ keys).mul_(own).sum(1), dlogit.sum(1, keepdim=True)
             for total, part in ((dk, dlogit.mT @ queries), (dv, w[t].mT @ douts)):  # (n, J, H·E)
                 total.index_add_(0, rows[t].flatten(), part.view(-1, total.shape[1]))
-        return dq, dk, dv, dlog_p, None, None
+        return dq, dk, dv, dbias, None, None
 
 
 def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

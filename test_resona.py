@@ -257,9 +257,12 @@ def test_attend_parallel_matches_naive(sizes):
     q, k, v, query, c, how = attend_inputs(**sizes)
     score, index = search_naive(query, c, *how)
     naive, parallel = (attend(q, k, v, score, index) for attend in (attend_naive, attend_parallel))
-    assert_close(parallel, naive)
+    with torch.no_grad():  # 64 queries and fewer take another way then
+        ungraded = attend_parallel(q, k, v, score, index)
     nothing_found = (index < 0).all(-1)[..., None, None].expand_as(q)
-    assert torch.equal(parallel == 0, nothing_found)  # exactly zero there, and only there
+    for fast in (parallel, ungraded):
+        assert_close(fast, naive)
+        assert torch.equal(fast == 0, nothing_found)  # exactly zero there, and only there
     if (index >= 0).any():
         inputs = (q, k, v, query, c)
         assert_close(gradients(parallel, inputs), gradients(naive, inputs))

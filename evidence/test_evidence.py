@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import resona
 import train_toy
-from evidence import choose, compare_search, cost, run, tasks
+from evidence import choose, compare_search, cost, needle, run, tasks
 from evidence.models import MODELS, NoPositions, NoRecurrence, count, make_model
 from evidence.tasks import TASKS
 from resona import BACKBONES, Resona, ResonaConfig, search_ivf, search_parallel, update_lists
@@ -411,6 +412,24 @@ def test_compare_search_reports_recall(tmp_path, capsys, monkeypatch):
     for name in ("none.pt", "plain.pt"):
         assert compare_search.main([str(tmp_path / name)]) == 2
         assert name in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_needle_counts_what_each_search_finds(tmp_path, capsys, monkeypatch):
+    """Probing all of its lists, the inverted file finds what the exact search finds; outliers can be switched off."""
+    torch.manual_seed(0)
+    Resona(ResonaConfig(64, chunk_size=2, n_list=4)).save(tmp_path / "m.pt")
+    monkeypatch.setattr(needle, "N_PROBE", (4,))
+    assert needle.main([str(tmp_path / "m.pt"), "--length", "400"]) == 0
+    found = [float(line.split()[-2]) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(found) == 3 and found[0] == found[2]
+    assert resona.update_lists is needle.UPDATE  # put back
+    c = F.normalize(torch.randn(1, 2000, 8), dim=-1)
+    with_outliers, without = (update(c, 4).member for update in (needle.UPDATE, needle.without_outliers))
+    assert (with_outliers == 4).any() and without.max() < 4
+    assert torch.equal(with_outliers[with_outliers < 4], without[with_outliers < 4])
+    Resona(ResonaConfig(30)).save(tmp_path / "copying.pt")
+    assert needle.main([str(tmp_path / "copying.pt"), "--length", "400"]) == 2
+    assert "copying.pt" in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------- mistakes
