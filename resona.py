@@ -167,6 +167,7 @@ class Retrieval(nn.Module):
         super().__init__()
         self.n_head, self.chunk_size, self.top_k, D, S = n_head, chunk_size, top_k, d_model, d_search
         self.n_list, self.n_probe = n_list, n_probe
+        check(D % n_head == 0, f"d_model must be divisible by n_head, got {D} and {n_head}")
         self.search_query = nn.Linear(2 * D, S, bias=False)
         self.search_key = ChunkEncoder(D, chunk_size, S)
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -178,11 +179,12 @@ class Retrieval(nn.Module):
     def forward(self, z: Tensor, u: Tensor, y: Tensor, memory: Memory | None = None,
                 top_k: int | None = None) -> tuple[Tensor, Memory]:
         check_shapes("BLD BLD BLD", z, u, y)  # y has the backbone's shape
+        check_int("top_k", self.top_k if top_k is None else top_k)
         memory = self.remember(z, u, memory)  # with these tokens: the search hides from each what ends after it
         offset = memory.k.shape[1] * self.chunk_size + memory.z.shape[1] - z.shape[1]  # tokens before these
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D): the output asks, with the short features
         query = self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)  # of length 1, sharpened
-        score, index = self.search(query, memory, top_k or self.top_k, offset)  # (B, L, K)
+        score, index = self.search(query, memory, self.top_k if top_k is None else top_k, offset)  # (B, L, K)
         q = self.query(asks).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
         alpha = self.gate * torch.sigmoid(self.alpha(asks)).masked_fill(index[..., :1] < 0, 0)  # (B, L, 1)
@@ -209,9 +211,10 @@ class Retrieval(nn.Module):
         return self.search_key(u), self.key(u[:, :-1]).reshape(chunks), self.value(z).reshape(chunks)
 
     def search(self, query: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        if memory.lists is None:
-            return search(query, memory.c, top_k, self.chunk_size, offset)  # the function of that name
-        return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
+        with torch.autocast(query.device.type, enabled=False):  # which would compute the scores in 16 bits
+            if memory.lists is None:
+                return search(query, memory.c, top_k, self.chunk_size, offset)  # the function of that name
+            return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
 
 
 class ChunkEncoder(nn.Module):
@@ -237,7 +240,6 @@ class ChunkEncoder(nn.Module):
 # ---------------------------------------------------------------------- the three loops, as they are meant
 def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """h[:, t] = a[:, t] * h[:, t-1] + b[:, t]: every channel is a filter of its own; the final state is h[:, -1].
-
     a, b: (B, L, D), |a| <= 1, h0: (B, D) or zero -> h: (B, L, D) in the dtype of b, carried in float32 at least."""
     check_shapes("BLD BLD BD", a, b, h0)
     h, hs = wide(torch.zeros_like(b[:, 0]) if h0 is None else h0), []
@@ -249,7 +251,6 @@ def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
 def search_naive(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     """The top_k chunks whose keys have the largest dot products with a query, among those it may see.
-
     q: (B, L, S) queries at positions offset..offset+L-1, c: (B, M, S) keys, M >= 0 -> score: (B, L, top_k), best
     first, in float32 at least, index: (B, L, top_k) int64; -inf and -1 where there is no chunk left. A query at
     position p may see chunk m if it ended before: (m + 1)·U <= p. Of equal chunks any may win."""
@@ -303,7 +304,7 @@ class GatedRecurrence(nn.Module):
 class SelectiveSSM(nn.Module):
     """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan,
         h[t, d, n] = exp(Δ[d]·A[d, n])·h[t-1, d, n] + Δ[d]·In[n]·u[d],   y[d] = Σ_n Out[n]·h[t, d, n] + skip[d]·u[d],
-    with step Δ = softplus, maps In and Out linear in the token, and A < 0 learned. Output: linear (y · silu(gate))."""
+    with step Δ = softplus, maps In and Out linear in token t, and A < 0 learned. Output: linear (y · silu(gate))."""
 
     def __init__(self, d_model: int, d_state: int = 16):
         super().__init__()
@@ -433,30 +434,30 @@ def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
     return score, index.masked_fill_(score == -math.inf, -1) if all_see < top_k else index
 
 
-def best_of(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """score.topk(k) of score: (..., M), several times as fast where topk would cost more than the product. The best k
-    stand in the k groups of 4 with the best maxima: what another group holds, these k maxima are at least as good."""
-    M, n = score.shape[-1], score.shape[-1] // 4  # n groups; each holds every n-th score, and the last few are in none
-    if M <= 8 * k or score.numel() <= 2**14:
-        return score.topk(k)
-    groups = best_of(score[..., :4 * n].unflatten(-1, (4, n)).amax(-2), k)[1]  # (..., k)
-    last = torch.arange(4 * n, M, device=score.device).expand(*groups.shape[:-1], -1)
-    groups = groups.unsqueeze(-1) + torch.arange(0, 4 * n, n, device=score.device)  # (..., k, 4), their members
+def best_of(score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """score.topk(top_k) of (..., width), several times as fast where topk would cost more than the product. The best
+    stand in the top_k groups of 4 with the best maxima: what another group holds, these maxima are at least as good."""
+    width, n = score.shape[-1], score.shape[-1] // 4  # n groups; each holds every n-th score; the last few are in none
+    if width <= 8 * top_k or score.numel() <= 2**14:
+        return score.topk(top_k)
+    groups = best_of(score[..., :4 * n].unflatten(-1, (4, n)).amax(-2), top_k)[1]  # (..., top_k)
+    last = torch.arange(4 * n, width, device=score.device).expand(*groups.shape[:-1], -1)
+    groups = groups.unsqueeze(-1) + torch.arange(0, 4 * n, n, device=score.device)  # (..., top_k, 4), their members
     index = torch.cat([groups.flatten(-2), last], dim=-1)
-    score, at = score.gather(-1, index).topk(k)
+    score, at = score.gather(-1, index).topk(top_k)
     return score, index.gather(-1, at)
 
 
 def score_of(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
     """q: (B, L, S), c: (B, M, S), M >= 1, index: (B, L, K) -> q[t]·c[index[t, i]], -inf where the index is -1."""
     rows, c = _tables(index, c)
-    score = (F.embedding(rows, c) * q.flatten(0, 1).unsqueeze(1)).sum(2)  # (B·L, K); a product has a slower gradient
+    score = (F.embedding(rows, c) * q.flatten(0, 1).unsqueeze(1)).sum(2)  # as small products have a slow gradient
     return score.view(index.shape).masked_fill(index < 0, -math.inf)
 
 
 def _tables(index: Tensor, *chunks: Tensor) -> list[Tensor]:
-    """index: (B, L, K), chunks: (B, M, ...) each -> the rows where the chosen stand, (B·L, K), anywhere for an empty
-    slot, in tables of the chunks of all rows of the batch: (B·M, width)."""
+    """index: (B, L, K), chunks: (B, M, ...) each -> rows: (B·L, K), where the chosen chunks stand in tables of those of
+    all texts, (B·M, width); an empty slot points to the first chunk of its text."""
     if all(hasattr(x, "buffer") for x in chunks):  # a memory that grows (5.): its used part would have to be copied
         chunks = [x.buffer for x in chunks]
     first = chunks[0].shape[1] * torch.arange(len(index), device=index.device).view(-1, 1, 1)
@@ -475,13 +476,13 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K); of -inf alone it would be NaN
     bias = log_p.repeat_interleave(k.shape[2], dim=2).flatten(0, 1).unsqueeze(1)  # (B·L, 1, J), for J = K·U tokens
-    rows, k, v = _tables(index, k.to(q.dtype), v.to(q.dtype))
-    if len(rows) <= 64 and not torch.is_grad_enabled():  # token by token PyTorch's own, as it has fewer operations
-        keys, values = (F.embedding(rows, x).view(len(rows), -1, *q.shape[2:]).transpose(1, 2) for x in (k, v))
-        r = F.scaled_dot_product_attention(q.flatten(0, 1).unsqueeze(2), keys, values, bias.unsqueeze(1))
+    rows, k, v = _tables(index, k, v)
+    if len(rows) <= 64 and not torch.is_grad_enabled():  # decoding: PyTorch's own has fewer operations
+        keys, values = (F.embedding(rows, x).to(q).view(len(rows), -1, *q.shape[2:]).transpose(1, 2) for x in (k, v))
+        r = F.scaled_dot_product_attention(q.flatten(0, 1).unsqueeze(2), keys, values, bias.unsqueeze(1)).to(q.dtype)
     else:
-        own = torch.eye(q.shape[2]).repeat_interleave(q.shape[3], dim=1).to(q)  # (H, H·E), 1 in a head's own columns
-        r = _Attend.apply(q.flatten(2).flatten(0, 1) / math.sqrt(q.shape[3]), k, v, bias, rows, own)
+        own = torch.eye(q.shape[2]).to(q).repeat_interleave(q.shape[3], dim=1)  # (H, H·E), 1 in a head's own columns
+        r = _Attend.apply(q.flatten(2).flatten(0, 1) / math.sqrt(q.shape[3]), k.to(q), v.to(q), bias, rows, own)
     return r.view(q.shape).masked_fill(nothing.unsqueeze(-1), 0)
 
 
@@ -522,12 +523,11 @@ def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[sl
 
 # 4. The inverted file (IVF, as in FAISS), for more than some 30,000 chunks; with fewer the exact search is as quick.
 #    Similar chunks stand in one of n_list lists, each with a centroid, the direction of its mean key. A query scores
-#    the centroids, then only the chunks in the n_probe lists of the best. Causality and the state law hold: centroids
-#    are made of the first SAMPLE·n_list chunks, by default 8,192 (a query that sees fewer searches exactly); a chunk
-#    stays in the list that it joins when it is finished; and equal keys join equal lists, as float64 hides the rounding
-#    of a product, which depends on how many are compared at once. A chunk like no centroid, just what one looks for,
-#    would be lost in any list. So outliers have the last list, which all queries probe: chunks less like their centroid
-#    than all but one in OUTLIERS of the first.
+#    the centroids, then the chunks in the n_probe lists of the best. Causality and the state law hold: centroids are
+#    made of the first SAMPLE·n_list chunks, by default 8,192 (a query that sees fewer searches exactly); a chunk stays
+#    in the list that it joins when it is finished; equal keys join equal lists, as float64 hides the rounding of a
+#    product, which depends on how many are compared at once. A chunk like no centroid, just what one looks for, would
+#    be lost in any list: such outliers, less like theirs than all but one in OUTLIERS of the first, all queries probe.
 
 SAMPLE, OUTLIERS = 16, 1024  # chunks per list, of which the centroids are made; one in so many of these is an outlier
 
@@ -546,8 +546,8 @@ def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists | 
     if known is None:
         centroids = first[:, ::SAMPLE]
         for _ in range(8):  # rounds of k-means on the sphere
-            member = F.one_hot(_nearest(first, centroids, 1)[1].squeeze(2), n_list).to(c.dtype)
-            centroids = F.normalize(member.mT @ first, dim=-1)
+            belongs = F.one_hot(_nearest(first, centroids, 1)[1].squeeze(2), n_list).to(c.dtype)  # (B, first, n_list)
+            centroids = F.normalize(belongs.mT @ first, dim=-1)
         ranked = _nearest(first, centroids, 1)[0].sort(dim=1).values  # (B, SAMPLE·n_list, 1)
         known = Lists(centroids, ranked[:, first.shape[1] // OUTLIERS], c.new_empty(len(c), 0, dtype=torch.int64))
     similarity, member = (x.squeeze(2) for x in _nearest(c[:, known.member.shape[1]:], known.centroids, 1))
@@ -583,17 +583,17 @@ def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, memb
     chunks in one matrix product, some four million scores at a time, and keep the best of these and of those before."""
     score, index = q.new_full((len(q), top_k), -math.inf), torch.full((len(q), top_k), -1, device=q.device)
     if len(q) == 1:  # all chunks that it probes as one list, which it probes: the last row, of outliers, is all True
-        lists, probed = [probed[member, 0].nonzero().squeeze(1)], probed[-1:]
+        members, probed = [probed[member, 0].nonzero().squeeze(1)], probed[-1:]
     else:
-        lists = member.argsort(stable=True).split(member.bincount(minlength=len(probed)).tolist())
-    for chunk, asking in zip(lists, probed):
-        late = int((chunk < ended[0]).sum())  # from here on not all queries may see a chunk
-        for query in asking.nonzero().squeeze(1).split(max(1, 2**22 // len(chunk))) if len(chunk) else ():
-            one = q[query] @ c[chunk].mT  # (queries, chunks)
-            one[:, late:].masked_fill_(chunk[late:] >= ended[query].unsqueeze(1), -math.inf)
+        members = member.argsort(stable=True).split(member.bincount(minlength=len(probed)).tolist())
+    for chunks, asking in zip(members, probed):
+        late = int((chunks < ended[0]).sum())  # from here on not all queries may see a chunk
+        for query in asking.nonzero().squeeze(1).split(max(1, 2**22 // len(chunks))) if len(chunks) else ():
+            one = q[query] @ c[chunks].mT  # (queries, chunks)
+            one[:, late:].masked_fill_(chunks[late:] >= ended[query].unsqueeze(1), -math.inf)
             better = one.amax(1) > score[query, -1]  # the others have nothing to gain here
-            query, (one, at) = query[better], best_of(one[better], min(top_k, len(chunk)))
-            found = torch.cat([index[query], chunk[at]], dim=1)
+            query, (one, at) = query[better], best_of(one[better], min(top_k, len(chunks)))
+            found = torch.cat([index[query], chunks[at]], dim=1)
             score[query], at = torch.cat([score[query], one], dim=1).topk(top_k)
             index[query] = found.gather(1, at)
     return index.masked_fill_(score == -math.inf, -1)
@@ -605,13 +605,14 @@ def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, memb
 
 def append(past: Tensor, new: Tensor) -> Tensor:
     """torch.cat([past, new], dim=1) of past: (B, n, ...) and new: (B, m, ...)."""
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
-        return torch.cat([past, new], dim=1)  # none of them likes what is written in place
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or new.dtype != past.dtype:
+        return torch.cat([past, new], dim=1)
     n, end, buffer = past.shape[1], past.shape[1] + new.shape[1], getattr(past, "buffer", None)
-    if buffer is None or buffer.filled != n or end > buffer.shape[1]:
+    ours = buffer is not None and buffer.is_inference() == torch.is_inference_mode_enabled()
+    if not ours or buffer.filled != n or end > buffer.shape[1]:
         buffer = past.new_empty(len(past), 2 * end, *past.shape[2:])
         buffer[:, :n] = past
-    buffer[:, n:end] = new
+    buffer.data[:, n:end] = new  # behind what any graph has seen, so autograd need not know
     buffer.filled, out = end, buffer[:, :end]
     out.buffer = buffer  # only this very tensor leads to the room, nothing that is made from it
     return out
@@ -729,7 +730,6 @@ def check_call(model: Resona, tokens: Tensor, state: State | None, top_k: int | 
     if not torch.compiler.is_compiling():  # a branch on data would break the compiled graph
         (low, high), V = tokens.aminmax(), model.config.vocab_size
         check(low >= 0 and high < V, f"tokens must lie in 0..{V - 1}, got {low}..{high}")
-    check_int("top_k", 1 if top_k is None else top_k)
     if state is not None:
         check(isinstance(state, State), f"state must be what an earlier call returned, got {type(state)}")
         for name, theirs in vars(state.config).items():

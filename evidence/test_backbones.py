@@ -91,6 +91,49 @@ def test_rows_of_a_state_can_be_chosen_and_a_state_saved(backbone, monkeypatch, 
         assert_close(model(tokens[:, 71:], deepcopy(state.detach()))[0], model(tokens)[0][:, 71:], rtol=0, atol=1e-9)
 
 
+def test_a_graph_survives_what_is_written_behind_its_memory():
+    """From one state, with room for more: a call with a graph, one that fills the room, then the graph's gradient."""
+    model, tokens, gradients = small_model(), random_tokens(1, 30), []
+    with torch.no_grad():
+        state = model(tokens[:, 20:24], model(tokens[:, :20])[1])[1]
+    for written in (0, 5):
+        logits, _ = model(tokens[:, 24:25], state)
+        if written:
+            with torch.no_grad():
+                model(tokens[:, 25:25 + written], state)
+        gradients.append(torch.autograd.grad(logits.sum(), tuple(model.parameters()), allow_unused=True))
+    for before, after in zip(*gradients):
+        assert before is after is None or torch.equal(before, after)
+
+
+def test_memory_has_room_in_inference_mode_too_and_modes_may_change():
+    model, tokens, parts, state = small_model(), random_tokens(2, 60), [], None
+    for i, piece in enumerate(tokens.split(4, dim=1)):
+        with torch.inference_mode() if i % 6 < 4 else torch.no_grad():
+            logits, state = model(piece, state)
+        assert i == 0 or hasattr(state.layers[0][2].k, "buffer")
+        parts.append(logits)
+    assert_close(torch.cat(parts, dim=1).clone(), model(tokens)[0].detach(), rtol=0, atol=1e-9)
+
+
+def test_scores_stay_in_float32_under_autocast():
+    """In 16 bits others would win, with a graph or without one."""
+    model, tokens = small_model().float(), random_tokens(2, 50)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens)
+        trained = [layer.retrieval.opened for layer in model.layers]
+        for one, other in zip(trained, model.inspect(tokens)):
+            assert one["score"].dtype == other["score"].dtype == torch.float32
+            assert_close(one["score"], other["score"])
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: Retrieval(10, 4), ["d_model", "10", "4"]),
+    (lambda: Retrieval(16)(*torch.zeros(3, 1, 9, 16), top_k=0), ["top_k", "0"])])
+def test_the_branch_alone_names_a_mistake(make, words):
+    one_line(ValueError, make, *words)
+
+
 def test_a_closed_branch_changes_nothing_until_it_is_trained():
     z, u, y = (torch.randn(2, 21, 16) for _ in range(3))
     branch = Retrieval(16, closed=True)
