@@ -165,15 +165,14 @@ class Retrieval(nn.Module):
     def __init__(self, d_model: int, n_head: int = 4, chunk_size: int = 4, top_k: int = 4, d_search: int = 32,
                  closed: bool = False, n_list: int = 0, n_probe: int = 40):
         super().__init__()
-        self.n_head, self.chunk_size, self.top_k, D, S = n_head, chunk_size, top_k, d_model, d_search
-        self.n_list, self.n_probe = n_list, n_probe
-        check(D % n_head == 0, f"d_model must be divisible by n_head, got {D} and {n_head}")
-        self.search_query = nn.Linear(2 * D, S, bias=False)
-        self.search_key = ChunkEncoder(D, chunk_size, S)
+        check(d_model % n_head == 0, f"d_model must be divisible by n_head, got {d_model} and {n_head}")
+        self.n_head, self.chunk_size, self.top_k, self.n_list, self.n_probe = n_head, chunk_size, top_k, n_list, n_probe
+        self.search_query = nn.Linear(2 * d_model, d_search, bias=False)
+        self.search_key = ChunkEncoder(d_model, chunk_size, d_search)
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.query = nn.Linear(2 * D, D, bias=False)
-        self.key, self.value, self.output = (nn.Linear(D, D, bias=False) for _ in range(3))
-        self.alpha = nn.Linear(2 * D, 1)
+        self.query = nn.Linear(2 * d_model, d_model, bias=False)
+        self.key, self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(3))
+        self.alpha = nn.Linear(2 * d_model, 1)
         self.gate = nn.Parameter(torch.zeros(())) if closed else 1.0
 
     def forward(self, z: Tensor, u: Tensor, y: Tensor, memory: Memory | None = None,
@@ -211,10 +210,12 @@ class Retrieval(nn.Module):
         return self.search_key(u), self.key(u[:, :-1]).reshape(chunks), self.value(z).reshape(chunks)
 
     def search(self, query: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        with torch.autocast(query.device.type, enabled=False):  # which would compute the scores in 16 bits
-            if memory.lists is None:
-                return search(query, memory.c, top_k, self.chunk_size, offset)  # the function of that name
-            return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
+        if torch.is_autocast_enabled(query.device.type):  # it would compute the scores in 16 bits
+            with torch.autocast(query.device.type, enabled=False):
+                return self.search(query, memory, top_k, offset)
+        if memory.lists is None:
+            return search(query, memory.c, top_k, self.chunk_size, offset)  # the function of that name
+        return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
 
 
 class ChunkEncoder(nn.Module):
@@ -421,13 +422,12 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
 
 def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
     """q: (B, L, S), c: (B, M, S) -> score, index: (B, L, top_k)."""
-    L = q.shape[1]
-    all_see, some_see = (min(c.shape[1], position // chunk_size) for position in (offset, offset + L - 1))  # chunks
+    all_see, some_see = (min(c.shape[1], p // chunk_size) for p in (offset, offset + q.shape[1] - 1))  # chunks
     score = q @ c[:, :some_see].mT  # (B, L, some_see)
     if some_see < top_k:
         score = F.pad(score, (0, top_k - some_see), value=-math.inf)
     if all_see < score.shape[-1]:
-        ended = torch.arange(offset, offset + L, device=q.device) // chunk_size  # chunks that each query may see
+        ended = torch.arange(offset, offset + q.shape[1], device=q.device) // chunk_size  # that each query may see
         hidden = torch.arange(all_see, score.shape[-1], device=q.device) >= ended.unsqueeze(1)
         score[..., all_see:].masked_fill_(hidden, -math.inf)
     score, index = best_of(score, top_k)
