@@ -1,8 +1,10 @@
 """How much of the exact search's result the inverted file finds, and how fast, on a trained copying model.
 
     python train_toy.py --model resona && python -m evidence.compare_search out/resona.pt
+    python -m evidence.compare_search out/resona.pt --chunks 524288    # a quarter of an hour
 
-The model reads a string and begins to copy it; the keys, and the last 2048 queries, are those of its layers.
+The model reads a string and begins to copy it; the keys, and the last 2048 queries, are those of its layers. If faiss
+is installed, its IndexIVFFlat searches the same, with as many lists; all chunks are visible to it.
 """
 
 from __future__ import annotations
@@ -79,6 +81,24 @@ def share_scored(branch: Retrieval, memory: Memory, q: Tensor) -> float:
     return (n_list + sizes.sum(1).float().mean().item()) / memory.c.shape[1]
 
 
+def faiss_ivf(branch: Retrieval, memory: Memory, q: Tensor) -> str:
+    """-> share of the exact result that faiss's inverted file finds, and its time; "" if it is not installed."""
+    try:
+        import faiss
+    except ImportError:
+        return ""
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    c, last = memory.c[0].cpu().numpy(), memory.c.shape[1] * branch.chunk_size
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(c.shape[1]), c.shape[1], branch.n_list, faiss.METRIC_INNER_PRODUCT)
+    index.train(c[:resona.SAMPLE * branch.n_list])
+    index.add(c)
+    index.nprobe = branch.n_probe
+    exact = resona.search_parallel(q, memory.c, TOP_K, branch.chunk_size, last)[1][0].cpu()  # all are visible
+    found, ms = timed(lambda: torch.from_numpy(index.search(q[0].cpu().numpy(), TOP_K)[1]))
+    recall = (found.unsqueeze(-1) == exact.unsqueeze(-2)).any(-2).float().mean().item()
+    return f"{recall:>13.3f}{ms:>10.0f}"
+
+
 def timed(function: Callable) -> tuple[Any, float]:
     """Its result, and the shortest of three times in ms."""
     times = []
@@ -96,19 +116,24 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("evidence.compare_search", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="a checkpoint of Resona trained on copying")
     parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, metavar="N",
+                        help=f"that have been read (default: {' '.join(map(str, CHUNKS))})")
     args = parser.parse_args(argv)
     try:
+        if min(args.chunks) < 1:
+            raise UserError(f"--chunks must be at least 1, got {min(args.chunks)}")
         model = load(args.model, args.device)
     except UserError as error:
         print(f"evidence.compare_search: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     config = model.config
     print(f"{TOP_K} chunks for each of {QUERIES} queries; {config.n_list} lists, of which a query probes "
-          f"{config.n_probe}\n  chunks  layer  found of the exact   scored  exact ms    ivf ms")
-    for chunks in CHUNKS:
+          f"{config.n_probe}\n  chunks  layer  found of the exact   scored  exact ms    ivf ms  faiss found  faiss ms")
+    for chunks in args.chunks:
         for i, read in read_string(model, chunks, args.device).items():
             recall, scored, exact_ms, found_ms = compare(*read)
-            print(f"{chunks:>8}{i:>7}{recall:>20.3f}{scored:>9.3f}{exact_ms:>10.0f}{found_ms:>10.0f}")
+            peer = faiss_ivf(*read) if read[1].lists else ""
+            print(f"{chunks:>8}{i:>7}{recall:>20.3f}{scored:>9.3f}{exact_ms:>10.0f}{found_ms:>10.0f}{peer}", flush=True)
     return 0
 
 

@@ -1,8 +1,8 @@
 """What a token costs by the length of the text: training, reading a prompt, decoding.
 
-    python -m evidence.cost                 # 256 to 65,536 tokens, two minutes on one thread
+    python -m evidence.cost                 # 256 to 65,536 tokens, five minutes on one thread
     python -m evidence.cost --longest 4096  # half a minute
-    python -m evidence.cost --ratios        # instead, the models against each other in longer batches; memory
+    python -m evidence.cost --ratios        # instead, the models against each other, also in batches; memory; the search
 
 Four models of the same width (64) and depth (2), untrained: the bare recurrence, Resona (exact and with the inverted
 file) and attention (scaled_dot_product_attention, its cache in a buffer that doubles, as Resona's memory). One thread,
@@ -17,16 +17,18 @@ import json
 import platform
 import sys
 import time
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import train_toy  # noqa: F401  (registers the attention)
 from evidence.run import peak_memory
-from resona import Resona, ResonaConfig
+from resona import Resona, ResonaConfig, search_parallel
 
 RESULTS = Path(__file__).with_name("results") / "cost.json"
 MODELS = {"recurrence": {"retrieval": False}, "Resona": {}, "Resona, ivf": {"search": "ivf"},
@@ -88,7 +90,7 @@ def measure(longest: int) -> dict[str, dict[str, dict[str, float]]]:
         for kind, start in kinds.items():
             names = [name for name in MODELS if (kind, name) not in slow
                      and (kind, name) != ("training", "Resona, ivf")]  # it is trained with the exact search
-            times = shortest({name: start(make(name), tokens) for name in names}, 5 if length <= 4096 else 1)
+            times = shortest({name: start(make(name), tokens) for name in names}, 5 if length <= 4096 else 2)
             for name, seconds in times.items():
                 tokens_done = DECODED if kind == "decoding" else length
                 result[kind][name][str(length)] = seconds / tokens_done * 1e6
@@ -115,6 +117,23 @@ def ratios() -> None:
         compare("prompt", prompt, 1, L)
     for B, L in ((1, 256), (1, 16384), (16, 4096)):
         compare("decoding", decoding, B, L)
+    search()
+
+
+@torch.no_grad()
+def search() -> None:
+    """Print how long the exact search of 16,384 tokens takes, what its products alone take, and faiss's exact index."""
+    torch.manual_seed(0)
+    q, c = (F.normalize(torch.randn(1, n, 32), dim=-1) for n in (16384, 4096))  # in chunks of four
+    ways = {"the search": lambda: search_parallel(q, c, 4, 4),
+            "its products alone": lambda: [q[:, t:t + 256] @ c[:, :(t + 255) // 4].mT for t in range(0, 16384, 256)]}
+    with suppress(ImportError):  # of all pairs, not of the visible half
+        import faiss
+        faiss.omp_set_num_threads(1)
+        index = faiss.IndexFlatIP(32)
+        index.add(c[0].numpy())
+        ways["faiss.IndexFlatIP"] = lambda: index.search(q[0].numpy(), 4)
+    print("search, 16384 queries:", ", ".join(f"{way} {t * 1e3:.0f} ms" for way, t in shortest(ways, 5).items()))
 
 
 def memory(name: str) -> float:

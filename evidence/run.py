@@ -8,6 +8,7 @@
     python -m evidence.run --task bilingual --ablate "as it is" "no recurrence"    # with these
     python -m evidence.run --task needle --model resona --lengths 1024 131072 1048576      # a long context
     python -m evidence.run --task text --data my_book.txt  # your text instead of Python's documentation
+    python -m evidence.run --model resona --autocast       # copying in bfloat16
 
 Flags and files are those of train_toy.py, which trains. Tests here tell more: bits, seconds, memory, and for
 copying the accuracy of what a model writes alone. Seeds, rates and ablations have folders of their own in --out.
@@ -140,7 +141,8 @@ def vary(args: argparse.Namespace, **changes) -> argparse.Namespace:
 def run(args: argparse.Namespace, task: Any, models: tuple[str, ...], free: bool,
         stream: int = 1) -> tuple[dict[str, Scores], dict[str, Any], dict[str, Resona]]:
     """Train and test with one seed, write results.json -> scores by label, what was written, trained models."""
-    own = vary(args, task=f"text {task.fingerprint}" if args.task == "text" else args.task)  # for --resume
+    own = vary(args, task=(f"text {task.fingerprint}" if args.task == "text" else args.task)
+               + " in 16 bits" * args.autocast)  # for --resume
     trained, seconds = {}, {}
     for name in models:
         torch.manual_seed(args.seed)
@@ -148,6 +150,8 @@ def run(args: argparse.Namespace, task: Any, models: tuple[str, ...], free: bool
         if hasattr(task, "head"):
             trained[name].head = task.head(trained[name].config.d_model)
         trained[name].to(args.device)
+        if args.autocast:
+            in_16_bits(trained[name], args.device)
         seconds[name] = train(name, trained[name], task, own)
     scores = test(trained, task, args, free, stream)
     report = {"task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,
@@ -158,6 +162,16 @@ def run(args: argparse.Namespace, task: Any, models: tuple[str, ...], free: bool
         report["resona_at_training_top_k"] = scores["resona"]
     save(args.out, report)
     return scores, report, trained
+
+
+def in_16_bits(model: Resona, device: str) -> None:
+    """Let the model compute under torch.autocast, in training and in the tests; its logits are in float32."""
+    forward = torch.autocast(device.split(":")[0], torch.bfloat16)(model.forward)
+
+    def run(*args, **options):
+        logits, state = forward(*args, **options)
+        return logits.float(), state
+    model.forward = run
 
 
 def best(scores: dict[str, Scores], model: str, task: Any) -> Scores:
@@ -400,6 +414,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="FILE", help="for --task text (default: Python's documentation)")
     parser.add_argument("--d-model", type=int, metavar="D",
                         help="width of Resona, which the size of all follows (default: the task's own)")
+    parser.add_argument("--autocast", action="store_true", help="train and test under torch.autocast, in bfloat16")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--sweep", type=float, nargs="*", metavar="RATE",
                          help=f"instead, each of these learning rates (default: {SWEEP})")
@@ -426,8 +441,8 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--sweep runs one seed and its own rates, got --seeds {args.seeds}, --lr {args.lr}")
     if args.sweep and not 0 < min(args.sweep) <= max(args.sweep) < math.inf:
         raise UserError(f"--sweep takes rates above zero, got {min(args.sweep)}")
-    if args.ablate and (args.task not in train_toy.TASKS or args.model != "all" or args.seeds > 1):
-        raise UserError("--ablate is Resona on copy or bilingual with one seed; it takes no --model or --seeds")
+    if args.ablate and (args.task not in train_toy.TASKS or args.model != "all" or args.seeds > 1 or args.autocast):
+        raise UserError("--ablate is Resona on copy or bilingual with one seed; it takes no --model, --seeds, --autocast")
     names = TASKS if args.task == "all" else [args.task]
     tasks = {name: TASKS[name](args.data) if name == "text" else TASKS[name]() for name in names}
     for name, task in tasks.items():

@@ -15,7 +15,7 @@ import train_toy
 from evidence import choose, compare_search, cost, needle, run, tasks
 from evidence.models import MODELS, NoPositions, NoRecurrence, count, make_model
 from evidence.tasks import TASKS
-from resona import BACKBONES, Resona, ResonaConfig, search_ivf, search_parallel, update_lists
+from resona import BACKBONES, Resona, ResonaConfig, Retrieval, search_ivf, search_parallel, update_lists
 from train_toy import BATCH, IGNORE, UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz$|."
@@ -401,17 +401,30 @@ def test_the_width_makes_all_models_larger():
     assert min(counts[2]) > 2 * max(counts[0]) and TASKS["bilingual"].config == {"chunk_size": 2}
 
 
-def test_compare_search_reports_recall(tmp_path, capsys, monkeypatch):
+def test_autocast_trains_and_tests_in_16_bits(tmp_path, monkeypatch):
+    seen, encode = set(), Retrieval.encode
+
+    def note(self, *args):
+        seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return encode(self, *args)
+
+    monkeypatch.setattr(Retrieval, "encode", note)
+    flags = ["--model", "resona", "--steps", "1", "--lengths", "4", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(flags) == 0 and seen == {(True, False), (False, False)}
+    seen.clear()
+    assert run.main([*flags, "--autocast"]) == 0 and seen == {(True, True), (False, True)}
+
+
+def test_compare_search_reports_recall(tmp_path, capsys):
     Resona(ResonaConfig(vocab_size=30, n_list=32, n_probe=4)).save(tmp_path / "m.pt")
-    monkeypatch.setattr(compare_search, "CHUNKS", (200, 600))  # without lists, with them
-    assert compare_search.main([str(tmp_path / "m.pt")]) == 0
+    assert compare_search.main([str(tmp_path / "m.pt"), "--chunks", "200", "600"]) == 0  # without lists, with them
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
     assert [row[0] for row in rows] == ["200", "200", "600", "600"] and [row[2] for row in rows[:2]] == ["1.000"] * 2
     assert all(0.5 < float(row[2]) <= 1 and 0 < float(row[3]) < 1 for row in rows[2:])
     Resona(ResonaConfig(vocab_size=30, retrieval=False)).save(tmp_path / "plain.pt")
-    for name in ("none.pt", "plain.pt"):
-        assert compare_search.main([str(tmp_path / name)]) == 2
-        assert name in (said := capsys.readouterr().err) and said.count("\n") == 1
+    for name, *flags in (("none.pt",), ("plain.pt",), ("m.pt", "--chunks", "0")):
+        assert compare_search.main([str(tmp_path / name), *flags]) == 2
+        assert (flags or [name])[-1] in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 def test_needle_counts_what_each_search_finds(tmp_path, capsys, monkeypatch):
