@@ -1,6 +1,6 @@
 """What a token costs by the length of the text: training, reading a prompt, decoding.
 
-    python -m evidence.cost                 # 256 to 65,536 tokens, five minutes on one thread
+    python -m evidence.cost                 # 256 to 65,536 tokens, two minutes on one thread
     python -m evidence.cost --longest 4096  # half a minute
     python -m evidence.cost --ratios        # instead, the models against each other, also in batches; memory; the search
 
