@@ -380,7 +380,7 @@ if HAS_TRITON:
     @triton.jit
     def attend_backward_kernel(q, k, v, score, rows, order, r, lse, dr, dq, dk, dv, dscore, pairs, K, scale,
                                U: tl.constexpr, H: tl.constexpr, E: tl.constexpr, SEGMENT: tl.constexpr):
-        """With w the weights:  d(logit)_j = w_j·dr·(v_j - r),  dscore = Σ_j d(logit)_j,  dq = Σ_j d(logit)_j·k_j / √E,
+        """With weights w: d(logit)_j = w_j·dr·(v_j - r), dscore = Σ_j d(logit)_j, dq = Σ_j d(logit)_j·k_j / √E,
         and, over the queries that opened the chunk of j,  dk_j = Σ d(logit)_j·q / √E,  dv_j = Σ w_j·dr.
         Pairs of a query and a slot stand in the `order` of their chunks, whose `rows` are sorted. A program takes
         SEGMENT of them and adds where the chunk changes: a chunk is read once for many queries, and one that very many

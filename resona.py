@@ -5,10 +5,10 @@ arXiv 2503.22913 (2025). A linear recurrence (Mamba, RWKV, DeltaNet) reads each 
 a state of fixed size, so it cannot copy a text that is longer than the state can hold. Resona gives a
 recurrent layer a second branch, which keeps the text in chunks, searches them, and attends to the best:
 
-    x ──► norm ──► z ──► short conv ──► u ──► backbone (linear recurrence) ──► y ──────────┐
-                   │                    │                                      │ y, u ask  │
-                   └───► remember ◄─────┘                                      ▼           ▼
-                         chunks of U tokens ─────────────────► search ──► attend ──► r ──► mix: (1-α)·y + α·r
+    x --> norm --> z --> short conv --> u --> backbone (linear recurrence) --> y ----------+
+                   |                    |                                      | y, u ask  |
+                   +---> remember <-----+                                      v           v
+                         chunks of U tokens -----------------> search --> attend --> r --> mix: (1-α)·y + α·r
                                                                the best K
 
 Letters, the same throughout (U, α and k, here K, are the paper's, the others ours):
@@ -159,7 +159,7 @@ class Memory(NamedTuple):
 class Retrieval(nn.Module):
     """The branch: output, memory = branch(z, u, y, memory=None), in four steps: remember, search, attend, mix.
     z: (B, L, D) normed layer input, u: (B, L, D) short features of it, y: (B, L, D) the backbone's output
-    -> (1-α)·y + α·r, α one per token, 0 where nothing is found; memory: what it has read, to go on. closed: α times
+    -> (1-α)·y + α·r, α one per token, 0 if nothing is found; memory: what it has read, to go on. closed: α times
     a learned gate that starts at zero, so a trained model is unchanged at first. n_list: lists, if any (Part II)."""
 
     def __init__(self, d_model: int, n_head: int = 4, chunk_size: int = 4, top_k: int = 4, d_search: int = 32,
@@ -304,7 +304,7 @@ class GatedRecurrence(nn.Module):
 
 class SelectiveSSM(nn.Module):
     """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan,
-        h[t, d, n] = exp(Δ[d]·A[d, n])·h[t-1, d, n] + Δ[d]·In[n]·u[d],   y[d] = Σ_n Out[n]·h[t, d, n] + skip[d]·u[d],
+    h[t, d, n] = exp(Δ[d]·A[d, n])·h[t-1, d, n] + Δ[d]·In[n]·u[d], y[d] = Σ_n Out[n]·h[t, d, n] + skip[d]·u[d]
     with step Δ = softplus, maps In and Out linear in token t, and A < 0 learned. Output: linear (y · silu(gate))."""
 
     def __init__(self, d_model: int, d_state: int = 16):
@@ -350,13 +350,13 @@ from torch.utils._pytree import tree_map_only
 import kernels
 
 
-# 1. The scan. Two steps compose into one, h -> (a₂a₁)·h + (a₂b₁ + b₂): whatever enters a block of steps, what
-#    leaves it is known from two numbers a channel, the product of its a and where it ends if it starts at zero.
-#    So L steps stand in a grid of about √L blocks of √L steps, and a column of it is one operation:
+# 1. The scan. Two steps compose into one, h -> (a₂a₁)·h + (a₂b₁ + b₂). So what leaves a block of steps, whatever
+#    enters it, is known from two numbers a channel: the product of its a, and where it ends if it starts at zero.
+#    L steps stand in a grid of about √L blocks of √L steps, and a column of it is one operation:
 #
-#        block 0   h[0] → h[1] → h[2] → h[3]     first    all rows at once, column by column, from zero: its numbers;
-#        block 1   h[4] → h[5] → h[6] → h[7]     then     row by row, from these, where each really starts;
-#        block 2   h[8] → …                      at last  all rows at once again, from there.
+#     block 0   h[0] → h[1] → h[2] → h[3]     first    all rows at once, column by column, from zero: its numbers;
+#     block 1   h[4] → h[5] → h[6] → h[7]     then     row by row, from these, where each really starts;
+#     block 2   h[8] → …                      at last  all rows at once again, from there.
 #    That is some 4·√L operations, not L. Running twice moves less memory than keeping the products, and nothing is
 #    divided by one, which underflows. The steps that are left over, fewer than √L, go one by one.
 
@@ -456,8 +456,8 @@ def score_of(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
 
 
 def _tables(index: Tensor, *chunks: Tensor) -> list[Tensor]:
-    """index: (B, L, K), chunks: (B, M, ...) each -> rows: (B·L, K), where the chosen chunks stand in tables of those of
-    all texts, (B·M, width); an empty slot points to the first chunk of its text."""
+    """index: (B, L, K), chunks: (B, M, ...) each -> rows: (B·L, K), where the chosen chunks stand in tables of those
+    of all texts, (B·M, width); an empty slot points to the first chunk of its text."""
     if all(hasattr(x, "buffer") for x in chunks):  # a memory that grows (5.): its used part would have to be copied
         chunks = [x.buffer for x in chunks]
     first = chunks[0].shape[1] * torch.arange(len(index), device=index.device).view(-1, 1, 1)
@@ -491,8 +491,8 @@ class _Attend(torch.autograd.Function):
     dq = Σ_j d(logit)_j·k_j,   dk_j = d(logit)_j·q,   d(bias)_j = Σ d(logit)_j over heads."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, rows, own):  # q, r: (B·L, H·E), k, v: (B·M, U·H·E), rows: (B·L, K), w: (B·L, H, J)
-        r, w = torch.empty_like(q), q.new_empty(len(q), len(own), bias.shape[2])
+    def forward(ctx, q, k, v, bias, rows, own):  # q, r: (B·L, H·E), k, v: (B·M, U·H·E), rows: (B·L, K)
+        r, w = torch.empty_like(q), q.new_empty(len(q), len(own), bias.shape[2])  # w: (B·L, H, J)
         for t, keys, values in _opened(k, v, rows, q.shape[1]):
             w[t] = torch.baddbmm(bias[t], q[t].unsqueeze(1) * own, keys.mT).softmax(2)
             r[t] = (w[t] @ values).mul_(own).sum(1)
@@ -515,7 +515,7 @@ class _Attend(torch.autograd.Function):
 
 
 def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """n of the queries (a slice), with keys and values of the J = K·U tokens that each of them opened: (n, J, H·E)."""
+    """n of the queries (a slice), with keys and values of the J = K·U tokens that each opened: (n, J, H·E)."""
     n = max(1, 2**18 // (rows.shape[1] * k.shape[1]))  # so that what is gathered stays in the processor's cache
     for t in (slice(start, start + n) for start in range(0, len(rows), n)):
         yield t, *(F.embedding(rows[t], x).view(len(rows[t]), -1, width) for x in (k, v))

@@ -2,7 +2,7 @@
 
     python -m evidence.cost                 # 256 to 65,536 tokens, two minutes on one thread
     python -m evidence.cost --longest 4096  # half a minute
-    python -m evidence.cost --ratios        # instead, the models against each other, also in batches; memory; the search
+    python -m evidence.cost --ratios        # instead, models against each other, in batches too; memory; the search
 
 Four models of the same width (64) and depth (2), untrained: the bare recurrence, Resona (exact and with the inverted
 file) and attention (scaled_dot_product_attention, its cache in a buffer that doubles, as Resona's memory). One thread,

@@ -1,9 +1,10 @@
 """Where the inverted file stops finding a needle: fewer lists probed, with and without the list of outliers.
 
-    python -m evidence.run --task needle --model resona --out out/needle && python -m evidence.needle out/needle/resona.pt
+    python -m evidence.run --task needle --model resona --out out/needle
+    python -m evidence.needle out/needle/resona.pt
 
-Twenty rows of noise, each with one key and its value (tasks.py draws them), read by the same model with the exact search
-and with the inverted file: how many values are found.
+Twenty rows of noise, each with one key and its value (tasks.py draws them), read by the same model with the exact
+search and with the inverted file: how many values are found.
 """
 
 from __future__ import annotations

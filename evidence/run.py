@@ -442,7 +442,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     if args.sweep and not 0 < min(args.sweep) <= max(args.sweep) < math.inf:
         raise UserError(f"--sweep takes rates above zero, got {min(args.sweep)}")
     if args.ablate and (args.task not in train_toy.TASKS or args.model != "all" or args.seeds > 1 or args.autocast):
-        raise UserError("--ablate is Resona on copy or bilingual with one seed; it takes no --model, --seeds, --autocast")
+        raise UserError("--ablate is Resona on copy or bilingual; it takes no --model, --seeds or --autocast")
     names = TASKS if args.task == "all" else [args.task]
     tasks = {name: TASKS[name](args.data) if name == "text" else TASKS[name]() for name in names}
     for name, task in tasks.items():

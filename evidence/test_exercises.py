@@ -184,9 +184,9 @@ def test_exercise_4_a_chunk_encoder_that_looks_right():
 
 # ------------------------------------------------------------------------------------------ 5. the delta rule
 class DeltaRule(nn.Module):
-    """S = S + k·nᵀ with the correction n = β·(v - Sᵀk), and y = Sᵀq, in blocks of tokens. In a block that starts from
-    S₀ corrections depend on those before them: n_t + β_t Σ_{s<t} (k_t·k_s) n_s = β_t (v_t - S₀ᵀk_t), which is a
-    triangular system."""
+    """S = S + k·nᵀ with the correction n = β·(v - Sᵀk), and y = Sᵀq, in blocks of tokens. In a block that
+    starts from S₀ corrections depend on those before: n_t + β_t Σ_{s<t} (k_t·k_s) n_s = β_t (v_t - S₀ᵀk_t),
+    which is a triangular system."""
 
     def __init__(self, d_model, n_head=4, block=32):
         super().__init__()
@@ -208,8 +208,8 @@ class DeltaRule(nn.Module):
 
 def test_exercise_5_the_delta_rule():
     """It copies with the retrieval, as any recurrence does. Alone, after 400 steps, it holds a little more than the
-    gated one of as many channels, and not eight times as much, as its state of 4·8·8 = 256 numbers has room for: of the
-    two limits, size and training, the second comes first here."""
+    gated one of as many channels, and not eight times as much, as its state of 4·8·8 = 256 numbers has room for: of
+    the two limits, size and training, the second comes first here."""
     rule, one, u = DeltaRule(16).double(), DeltaRule(16, block=1).double(), torch.randn(2, 70, 16, dtype=torch.float64)
     one.load_state_dict(rule.state_dict())
     assert_close(rule(u), one(u), rtol=0, atol=1e-9)  # with blocks of one the solve has nothing to do
