@@ -178,12 +178,13 @@ class Retrieval(nn.Module):
     def forward(self, z: Tensor, u: Tensor, y: Tensor, memory: Memory | None = None,
                 top_k: int | None = None) -> tuple[Tensor, Memory]:
         check_shapes("BLD BLD BLD", z, u, y)  # y has the backbone's shape
-        check_int("top_k", self.top_k if top_k is None else top_k)
+        top_k = self.top_k if top_k is None else top_k
+        check_int("top_k", top_k)
         memory = self.remember(z, u, memory)  # with these tokens: the search hides from each what ends after it
         offset = memory.k.shape[1] * self.chunk_size + memory.z.shape[1] - z.shape[1]  # tokens before these
         asks = torch.cat([y, u], dim=-1)  # (B, L, 2D): the output asks, with the short features
         query = self.log_sharpness.exp() * F.normalize(self.search_query(asks), dim=-1)  # of length 1, sharpened
-        score, index = self.search(query, memory, self.top_k if top_k is None else top_k, offset)  # (B, L, K)
+        score, index = self.search(query, memory, top_k, offset)  # (B, L, K)
         q = self.query(asks).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         r = attend(q, memory.k, memory.v, score, index)  # (B, L, H, E)
         alpha = self.gate * torch.sigmoid(self.alpha(asks)).masked_fill(index[..., :1] < 0, 0)  # (B, L, 1)
@@ -210,12 +211,10 @@ class Retrieval(nn.Module):
         return self.search_key(u), self.key(u[:, :-1]).reshape(chunks), self.value(z).reshape(chunks)
 
     def search(self, query: Tensor, memory: Memory, top_k: int, offset: int) -> tuple[Tensor, Tensor]:
-        if torch.is_autocast_enabled(query.device.type):  # it would compute the scores in 16 bits
-            with torch.autocast(query.device.type, enabled=False):
-                return self.search(query, memory, top_k, offset)
-        if memory.lists is None:
-            return search(query, memory.c, top_k, self.chunk_size, offset)  # the function of that name
-        return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
+        with torch.autocast(query.device.type, enabled=False):  # in 16 bits others would win
+            if memory.lists is None:
+                return search(query, memory.c, top_k, self.chunk_size, offset)  # the function of that name
+            return search_ivf(query, memory.c, top_k, self.chunk_size, offset, memory.lists, self.n_probe)
 
 
 class ChunkEncoder(nn.Module):
@@ -304,7 +303,8 @@ class GatedRecurrence(nn.Module):
 
 class SelectiveSSM(nn.Module):
     """A selective state-space layer (Mamba, arXiv 2312.00752): N states per channel on the same scan,
-    h[t, d, n] = exp(Δ[d]·A[d, n])·h[t-1, d, n] + Δ[d]·In[n]·u[d], y[d] = Σ_n Out[n]·h[t, d, n] + skip[d]·u[d]
+        h[t, d, n] = exp(Δ[d]·A[d, n])·h[t-1, d, n] + Δ[d]·In[n]·u[d],
+        y[d] = Σ_n Out[n]·h[t, d, n] + skip[d]·u[d],
     with step Δ = softplus, maps In and Out linear in token t, and A < 0 learned. Output: linear (y · silu(gate))."""
 
     def __init__(self, d_model: int, d_state: int = 16):
@@ -350,8 +350,8 @@ from torch.utils._pytree import tree_map_only
 import kernels
 
 
-# 1. The scan. Two steps compose into one, h -> (a₂a₁)·h + (a₂b₁ + b₂). So what leaves a block of steps, whatever
-#    enters it, is known from two numbers a channel: the product of its a, and where it ends if it starts at zero.
+# 1. The scan. Two steps compose into one, h -> (a₂a₁)·h + (a₂b₁ + b₂). So what leaves a block of steps is
+#    known, whatever enters, from two numbers a channel: the product of its a, and where it ends if it starts at zero.
 #    L steps stand in a grid of about √L blocks of √L steps, and a column of it is one operation:
 #
 #     block 0   h[0] → h[1] → h[2] → h[3]     first    all rows at once, column by column, from zero: its numbers;
@@ -606,9 +606,9 @@ def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, memb
 def append(past: Tensor, new: Tensor) -> Tensor:
     """torch.cat([past, new], dim=1) of past: (B, n, ...) and new: (B, m, ...)."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or new.dtype != past.dtype:
-        return torch.cat([past, new], dim=1)
+        return torch.cat([past, new], dim=1)  # neither a graph nor another dtype fits what is written in place
     n, end, buffer = past.shape[1], past.shape[1] + new.shape[1], getattr(past, "buffer", None)
-    ours = buffer is not None and buffer.is_inference() == torch.is_inference_mode_enabled()
+    ours = buffer is not None and buffer.is_inference() == torch.is_inference_mode_enabled()  # it may be changed
     if not ours or buffer.filled != n or end > buffer.shape[1]:
         buffer = past.new_empty(len(past), 2 * end, *past.shape[2:])
         buffer[:, :n] = past

@@ -1,7 +1,7 @@
 """How much of the exact search's result the inverted file finds, and how fast, on a trained copying model.
 
     python train_toy.py --model resona && python -m evidence.compare_search out/resona.pt
-    python -m evidence.compare_search out/resona.pt --chunks 524288    # a quarter of an hour
+    python -m evidence.compare_search out/resona.pt --chunks 524288    # four minutes
 
 The model reads a string and begins to copy it; the keys, and the last 2048 queries, are those of its layers. If faiss
 is installed, its IndexIVFFlat searches the same, with as many lists; all chunks are visible to it.
