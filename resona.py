@@ -608,8 +608,7 @@ def append(past: Tensor, new: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or new.dtype != past.dtype:
         return torch.cat([past, new], dim=1)  # neither a graph nor another dtype fits what is written in place
     n, end, buffer = past.shape[1], past.shape[1] + new.shape[1], getattr(past, "buffer", None)
-    ours = buffer is not None and buffer.is_inference() == torch.is_inference_mode_enabled()  # it may be changed
-    if not ours or buffer.filled != n or end > buffer.shape[1]:
+    if buffer is None or buffer.filled != n or end > buffer.shape[1]:
         buffer = past.new_empty(len(past), 2 * end, *past.shape[2:])
         buffer[:, :n] = past
     buffer.data[:, n:end] = new  # behind what any graph has seen, so autograd need not know

@@ -401,6 +401,15 @@ def test_the_width_makes_all_models_larger():
     assert min(counts[2]) > 2 * max(counts[0]) and TASKS["bilingual"].config == {"chunk_size": 2}
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is():
+    model, rows = Resona(ResonaConfig(30, n_layer=1)), map(torch.from_numpy, train_toy.Copying().test(
+        np.random.default_rng(0), 4)["4"])
+    optimizer, before = torch.optim.AdamW(model.parameters()), [weight.clone() for weight in model.parameters()]
+    model.head.weight.register_hook(lambda gradient: gradient * torch.inf)
+    loss, _ = train_toy.train_step(model, optimizer, 1e-2, *rows)
+    assert not np.isfinite(loss) and all(map(torch.equal, before, model.parameters()))
+
+
 def test_autocast_trains_and_tests_in_16_bits(tmp_path, monkeypatch):
     seen, encode = set(), Retrieval.encode
 
