@@ -288,7 +288,7 @@ def test_resume_goes_on_in_every_folder_and_refuses_another_text(tmp_path, capsy
     def stopped(self, rng):
         seen.append(rng)
         if len(seen) == 7:  # in the second rate's third step
-            signal.raise_signal(signal.SIGINT)
+            signal.default_int_handler(signal.SIGINT, None)
         return batch(self, rng)
     monkeypatch.setattr(TASKS["memorize"], "batch", stopped)
     assert run.main([*flags, str(tmp_path / "parts")]) == 130
