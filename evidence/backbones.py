@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import train_toy
 from evidence.check_backbone import check_backbone
+from evidence.run import spread
 from train_toy import Copying, copy_string, packed
 
 RESULTS = Path(__file__).parent / "results" / "backbones.json"
@@ -191,17 +192,17 @@ def law_error(module: nn.Module, d_model: int) -> float:
     return worst
 
 
-def copying(make: Callable[[int], nn.Module], name: str, steps: int = STEPS) -> dict[str, Any]:
+def copying(make: Callable[[int], nn.Module], name: str, seed: int = 0, steps: int = STEPS) -> dict[str, Any]:
     """Train train_toy's model of this name, "resona" or "recurrence", which is as large, on a recurrence -> the share
     of letters right in copies of 32 and of 128 letters, and the number of parameters."""
-    torch.manual_seed(0)
-    task, rng = Copying(), np.random.default_rng(0)
+    torch.manual_seed(seed)
+    task, rng = Copying(), np.random.default_rng(seed)
     model = train_toy.make_model(name, make, task)
     optimizer = torch.optim.AdamW(model.parameters(), betas=train_toy.BETAS, weight_decay=train_toy.DECAY)
     for step in range(steps):
         rows = map(torch.as_tensor, packed(rng, copy_string, 4, 32, ROW))
         train_toy.train_step(model, optimizer, RATE * min((step + 1) / 20, 1 - step / steps), *rows)
-    tests = {length: task.test(np.random.default_rng(1), length)[str(length)] for length in (32, 128)}
+    tests = {length: task.test(np.random.default_rng(seed + 1), length)[str(length)] for length in (32, 128)}
     scores = {length: train_toy.evaluate(model.eval(), rows, "cpu") for length, rows in tests.items()}
     right = {str(length): one["token_accuracy"] for length, one in scores.items()}
     return {**right, "parameters": train_toy.count(model)}
@@ -212,35 +213,39 @@ def lines(sources: list[Callable]) -> int:
     return sum(bool(line.strip()) for source in sources for line in inspect.getsource(source).splitlines())
 
 
-def measure(make: Callable[[int], nn.Module], adapter: list[Callable]) -> dict[str, Any]:
+def measure(make: Callable[[int], nn.Module], adapter: list[Callable], seeds: range) -> dict[str, Any]:
+    """Lines of the adapter, its largest break of the state law; and by model what copying gives with each seed."""
     check_backbone(make(64), 64)
     return {"adapter": lines(adapter), "law": law_error(make(64), 64),
-            **{name: copying(make, name) for name in ("recurrence", "resona")}}
+            **{name: [copying(make, name, seed) for seed in seeds] for name in ("recurrence", "resona")}}
 
 
 def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
     parser = argparse.ArgumentParser("evidence.backbones", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="of recurrences, or parts of names (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="so many (default: 1)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results")
     args = parser.parse_args(argv)
+    if args.seed < 0 or args.seeds < 1:
+        parser.error(f"--seed must be at least 0 and --seeds at least 1, got {args.seed} and {args.seeds}")
     torch.set_num_threads(1)
     known = json.loads(args.out.read_text())["recurrences"] if args.out.exists() and args.names else {}
     report = {"torch": torch.__version__, "machine": platform.machine(), "steps": STEPS, "rate": RATE,
               "recurrences": known}
-    print(f"{'':<29}adapter  state law     alone: 32  128    branch: 32  128   parameters")
+    print(f"{'':<27}adapter  state law{'alone: 32':>14}{'128':>14}{'branch: 32':>14}{'128':>14}")
     for name, parts in FOREIGN.items():
         if args.names and not any(part in name for part in args.names):
             continue
         try:
-            report["recurrences"][name] = one = measure(*parts)
+            report["recurrences"][name] = one = measure(*parts, range(args.seed, args.seed + args.seeds))
         except ImportError as error:
             print(f"{name:<29}not installed: {error.name}")
             continue
-        scores = "".join(f"{one[model][length]:>{width}.3f}" for model, first in (("recurrence", 14), ("resona", 15))
-                         for length, width in (("32", first), ("128", 6)))
-        print(f"{name:<29}{one['adapter']:>7}{one['law']:>11.0e}{scores}{one['recurrence']['parameters']:>10,}"
-              f"/{one['resona']['parameters']:,}", flush=True)
+        cells = [spread(run[length] for run in one[model]) for model in ("recurrence", "resona")
+                 for length in ("32", "128")]
+        print(f"{name:<27}{one['adapter']:>7}{one['law']:>11.0e}{''.join(f'{cell:>14}' for cell in cells)}", flush=True)
         args.out.write_text(json.dumps(report, indent=1))
     return 0
 

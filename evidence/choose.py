@@ -1,19 +1,21 @@
 """When to choose what: accuracy against cost at 512, 2,048 and 8,192 tokens of context.
 
-    python -m evidence.choose            # trains what --out lacks, scores it, then times it
-    python -m evidence.choose --times    # times again what was scored
+    python -m evidence.choose             # with seeds 0, 1 and 2: trains what --out lacks, scores it, then times it
+    python -m evidence.choose --seeds 1   # with seed 0
+    python -m evidence.choose --times     # times again what was scored
 
 Copying, MQAR and bilingual, as in training but in longer rows: a longer string; more tokens between the 32 pairs and
 their queries; more questions about 16 entries, with a sign in the place of one in 64. Six models of equal size: Resona
 on the gated recurrence, opening 1 to 32 chunks in the tests (it is trained with four), searched exactly or by the
 inverted file; the two Transformers; and recurrences whose state is 1, 4 and 16 times the gated one's: the selective SSM
-with N = 1, 4 and 16 states per channel. Times are of one row and one thread, from models trained on copying. Writes
-evidence/results/choose.json, which python -m evidence.draw makes a picture of.
+with N = 1, 4 and 16 states per channel. Times are of one row and one thread, from the models of seed 0 that were
+trained on copying. Writes evidence/results/choose.json, which python -m evidence.draw makes a picture of.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from functools import partial
@@ -27,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from evidence.cost import DECODED, decoding, prompt, shortest
 from evidence.models import make_model
-from evidence.run import evaluate
+from evidence.run import evaluate, spread
 from evidence.tasks import TASKS, mqar_rows
 from resona import BACKBONES, Resona, SelectiveSSM
 from train_toy import Rows, copy_string, shift, train
@@ -40,9 +42,9 @@ MODELS = {"resona": "Resona", "transformer": "Transformer, rotary", "nope": "Tra
           "ssm1": "recurrence, state x1", "ssm4": "recurrence, state x4", "ssm16": "recurrence, state x16"}
 
 
-def rows(task: str, length: int) -> Rows:
+def rows(task: str, length: int, seed: int) -> Rows:
     """Of so many tokens, or a few less; as many rows as have 32,768 tokens, at most 64."""
-    rng, count = np.random.default_rng([0, 1, length]), min(64, 32768 // length)
+    rng, count = np.random.default_rng([seed, 1, length]), min(64, 32768 // length)
     if task == "mqar":
         return mqar_rows(rng, count, length, 32, TASKS["mqar"].vocab_size)
     if task == "bilingual":
@@ -50,26 +52,26 @@ def rows(task: str, length: int) -> Rows:
     return shift(*map(np.stack, zip(*(copy_string(rng, length // 2 - 1) for _ in range(count)))))
 
 
-def model_of(name: str, task_name: str, out: Path) -> Resona:
+def model_of(name: str, task_name: str, out: Path, seed: int) -> Resona:
     """The trained model, from its file if there is one."""
-    path, task = out / task_name / f"{name}.pt", TASKS[task_name]()
+    path, task = out / task_name / f"seed-{seed}" / f"{name}.pt", TASKS[task_name]()
     if path.exists():
         return Resona.load(path)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = make_model(name, "gated", task)  # all as large as Resona on the gated recurrence
     task.lr = {**task.lr, **dict.fromkeys(MODELS.keys() - task.lr.keys(), task.lr["recurrence"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     train(name, model, task, argparse.Namespace(
-        task=task_name, seed=0, device="cpu", out=path.parent, resume=False, save_every=10**9))
+        task=task_name, seed=seed, device="cpu", out=path.parent, resume=False, save_every=10**9))
     return model
 
 
-def searches(name: str, task: str, length: int, out: Path) -> Iterator[tuple[str, Resona, int | None]]:
+def searches(name: str, task: str, length: int, out: Path, seed: int) -> Iterator[tuple[str, Resona, int | None]]:
     """A model, and of Resona the ways to search: a label for each, the model, its top_k."""
-    yield from ((f"{name} k={k}" if k else name, model_of(name, task, out), k)
+    yield from ((f"{name} k={k}" if k else name, model_of(name, task, out, seed), k)
                 for k in (OPENED if name == "resona" else [None]))
     if name == "resona" and length == LENGTHS[-1]:  # in shorter rows the inverted file is the exact search
-        model = Resona.load(out / task / "resona.pt", **IVF)
+        model = Resona.load(out / task / f"seed-{seed}" / "resona.pt", **IVF)
         yield from ((f"resona ivf k={k}", model, k) for k in OPENED)
 
 
@@ -87,17 +89,18 @@ def state_bytes(model: Resona, length: int) -> int:
     return sum(x.numel() * x.element_size() for x in tree_leaves(state.layers) if isinstance(x, Tensor))
 
 
-def score(out: Path) -> dict[str, Any]:
-    """-> task -> length -> label -> token accuracy, and what needs no clock of the cost."""
+def score(out: Path, seeds: int) -> dict[str, Any]:
+    """-> task -> length -> label -> token accuracy, a list by seed, and what needs no clock of the cost."""
     results: dict[str, Any] = {}
-    for task in ("copy", "mqar", "bilingual"):
-        for length in LENGTHS:
-            tests, cell = rows(task, length), results.setdefault(task, {}).setdefault(str(length), {})
-            for label, model, k in (one for name in MODELS for one in searches(name, task, length, out)):
-                cell[label] = {"token_accuracy": evaluate(model, tests, "cpu", k)["token_accuracy"],
-                               "attended": attended(model, k, length), "state_bytes": state_bytes(model, length)}
-                print(f"{task:<10} {length:>6} {label:<20}"
-                      f"{cell[label]['token_accuracy']:>7.3f}{cell[label]['state_bytes']:>12,}", flush=True)
+    for task, length, seed in itertools.product(("copy", "mqar", "bilingual"), LENGTHS, range(seeds)):
+        tests, cell = rows(task, length, seed), results.setdefault(task, {}).setdefault(str(length), {})
+        for label, model, k in (one for name in MODELS for one in searches(name, task, length, out, seed)):
+            one = cell.setdefault(label, {"token_accuracy": [], "attended": attended(model, k, length),
+                                          "state_bytes": state_bytes(model, length)})
+            one["token_accuracy"].append(evaluate(model, tests, "cpu", k)["token_accuracy"])
+            if seed == seeds - 1:
+                print(f"{task:<10} {length:>6} {label:<20} {spread(one['token_accuracy']):>14}"
+                      f"{one['state_bytes']:>12,}", flush=True)
     return results
 
 
@@ -106,7 +109,7 @@ def times(out: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for length in LENGTHS:
         tokens = torch.randint(0, 30, (1, length), generator=torch.Generator().manual_seed(0))
-        ways = {label: (model, k) for name in MODELS for label, model, k in searches(name, "copy", length, out)}
+        ways = {label: (model, k) for name in MODELS for label, model, k in searches(name, "copy", length, out, 0)}
         for label, (model, k) in ways.items():  # the clock calls model(tokens, state): k goes into the model
             for branch in (layer.retrieval for layer in model.layers if layer.retrieval):
                 branch.top_k = k
@@ -121,11 +124,14 @@ def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
     parser = argparse.ArgumentParser("evidence.choose", description=__doc__.split("\n")[0])
     parser.add_argument("--times", action="store_true", help="only time again; needs the models and the results")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="from 0 on (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("out/choose"), help="of the models (default: out/choose)")
     args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {args.seeds}")
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text())["results"] if args.times else score(args.out)
-    report = {"torch": torch.__version__, "threads": 1, "seed": 0, "results": results,
+    results = json.loads(RESULTS.read_text())["results"] if args.times else score(args.out, args.seeds)
+    report = {"torch": torch.__version__, "threads": 1, "results": results,
               "microseconds_a_token": times(args.out)}
     RESULTS.write_text(json.dumps(report, indent=1))
     return 0

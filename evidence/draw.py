@@ -153,7 +153,7 @@ def choice() -> None:
         for label, (start, colour, line) in style.items():
             shown = [name for name in scores if name.startswith(start)]
             ax.semilogx([time[name]["prompt"] for name in shown],
-                        [scores[name]["token_accuracy"] for name in shown],
+                        [np.mean(scores[name]["token_accuracy"]) for name in shown],
                         line, color=colour, label=label, ms=5 if shown[1:] else 8)
         if row == 0:
             ax.set_title({"copy": "copying", "mqar": "MQAR", "bilingual": "bilingual"}[task])

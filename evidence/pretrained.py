@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import MambaConfig, MambaForCausalLM, logging
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from evidence.run import spread
 from evidence.tasks import read_text
 from resona import Retrieval, ShortConv
 from train_toy import IGNORE, Rng, Rows, copy_string, packed, shift
@@ -128,10 +129,10 @@ def loss_of(model: MambaForCausalLM, rows: Rows) -> Tensor:
     return F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
-def train(model: MambaForCausalLM, batch: Callable[[Rng], Rows], steps: int, rate: float) -> None:
+def train(model: MambaForCausalLM, batch: Callable[[Rng], Rows], steps: int, rate: float, seed: int = 0) -> None:
     """Train what is not frozen; gates ten times as fast, as at the rate of the rest they stay nearly closed."""
     model.train()
-    weights, rng = trained_weights(model), np.random.default_rng(0)  # of a model without a branch, all
+    weights, rng = trained_weights(model), np.random.default_rng(seed)  # of a model without a branch, all
     gates = [weights[name] for name in weights if name.endswith("gate")]
     rest = [weights[name] for name in weights if not name.endswith("gate")]
     optimizer = torch.optim.AdamW([{"params": rest}, {"params": gates}], betas=(0.9, 0.99), weight_decay=0.01)
@@ -164,17 +165,17 @@ def measure(model: MambaForCausalLM, held_out: np.ndarray, strings: int = 32) ->
 
 
 # ------------------------------------------------------------------------------------------ all of it, in order
-def demonstrate(config: MambaConfig, steps: int, out: Path, strings: int = 32) -> dict[str, Any]:
-    torch.manual_seed(0)
+def demonstrate(config: MambaConfig, steps: int, out: Path, strings: int = 32, seed: int = 0) -> dict[str, Any]:
+    torch.manual_seed(seed)
     text, _, held_out = read_text(None)
     model, report = MambaForCausalLM(config), {}
     stages = [lambda rng: copy_rows(rng, 8), lambda rng: both_rows(rng, text)]
-    train(model, lambda rng: text_rows(rng, text, 8), steps, rate=1e-2)
+    train(model, lambda rng: text_rows(rng, text, 8), steps, rate=1e-2, seed=seed)
     model.save_pretrained(out / "base")
     report["trained on text"] = measure(model, held_out, strings)
     whole = deepcopy(model)
     for batch in stages:
-        train(whole, batch, steps, rate=1e-2)
+        train(whole, batch, steps, rate=1e-2, seed=seed)
     report["all of it trained on, without a branch"] = measure(whole, held_out, strings)
 
     tokens = torch.as_tensor(text_rows(np.random.default_rng(2), held_out, 8)[0])
@@ -183,7 +184,7 @@ def demonstrate(config: MambaConfig, steps: int, out: Path, strings: int = 32) -
         change = (add_branch(model)(tokens).logits - before).abs().max().item()
     report["with a closed branch"] = {**measure(model, held_out, strings), "change of logits": change}
     for batch, name in zip(stages, ("the branch trained on strings", "and on strings and text")):
-        train(model, batch, steps, rate=1e-2)
+        train(model, batch, steps, rate=1e-2, seed=seed)
         report[name] = measure(model, held_out, strings)
     torch.save(trained_weights(model), out / "branch.pt")
     report["saved and loaded"] = measure(load(out / "base", out / "branch.pt"), held_out, strings)
@@ -194,19 +195,25 @@ def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
     parser = argparse.ArgumentParser("evidence.pretrained", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="of each training (default: 400)")
+    parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="so many (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("out/pretrained"), help="default: out/pretrained")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results")
     args = parser.parse_args(argv)
+    if args.seed < 0 or args.seeds < 1:
+        parser.error(f"--seed must be at least 0 and --seeds at least 1, got {args.seed} and {args.seeds}")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     config = MambaConfig(vocab_size=256, hidden_size=64, state_size=8, num_hidden_layers=2, use_mambapy=True)
-    report = demonstrate(config, args.steps, args.out)
-    args.results.write_text(json.dumps({"torch": torch.__version__, "steps": args.steps, "results": report}, indent=1))
-    print(f"{'':<40}held-out bits  copied by generate: 32 letters  128 letters")
-    for name, one in report.items():
-        print(f"{name:<40}{one['bits']:>13.3f}{one['copied 32']:>31.3f}{one['copied 128']:>13.3f}")
-    print(f"the closed branch changed logits by at most {report['with a closed branch']['change of logits']:.1e}")
+    runs = [demonstrate(config, args.steps, args.out, seed=seed) for seed in range(args.seed, args.seed + args.seeds)]
+    args.results.write_text(json.dumps({"torch": torch.__version__, "steps": args.steps, "results": runs}, indent=1))
+    print(f"{'':<40}{'held-out bits':>14}{'copied by generate: 32 letters':>32}{'128 letters':>14}")
+    for name in runs[0]:
+        bits, short, long = (spread(run[name][key] for run in runs) for key in ("bits", "copied 32", "copied 128"))
+        print(f"{name:<40}{bits:>14}{short:>32}{long:>14}")
+    change = max(run["with a closed branch"]["change of logits"] for run in runs)
+    print(f"the closed branch changed logits by at most {change:.1e}")
     return 0
 
 

@@ -387,22 +387,25 @@ def ablated(label: str, task: Any, args: argparse.Namespace) -> tuple[Any, Reson
 
 
 def ablate(args: argparse.Namespace, task: Any) -> None:
-    """Token accuracy with the top_k of training / with the larger one of the tests, if there is one."""
+    """Token accuracy with the top_k of training / with the larger one of the tests, if there is one; over several
+    seeds, mean and standard deviation."""
     lines = []
     for label in args.ablate:
         print(f"\n{label}")
-        changed, model = ablated(label, task, args)
-        folder = args.out / "ablate" / label.replace(":", "").replace(" ", "-")
-        own = vary(args, task=f"{args.task}, {label}", out=folder)
-        train("resona", model, changed, own)
-        (own.out / "resona.pt").unlink()  # Resona.load would not know what was patched
-        scores = test({"resona": model}, changed, own, free=False).values()
-        (folder / "scores.json").write_text(json.dumps([*scores], indent=1))
-        tests = tests_of(scores)
-        cells = (" /".join(spread([one[which]["token_accuracy"]] if which in one else []) for one in scores)
-                 for which in tests)
-        lines = lines or [f"{'token accuracy by ' + task.unit:<30}" + "".join(f"{which:>14}" for which in tests)]
-        lines.append(f"{label:<30}" + "".join(f"{cell:>14}" for cell in cells))
+        folder, runs = args.out / "ablate" / label.replace(":", "").replace(" ", "-"), []
+        for seed in range(args.seed, args.seed + args.seeds):
+            own = vary(args, task=f"{args.task}, {label}", seed=seed, out=folder / f"seed-{seed}")
+            changed, model = ablated(label, task, own)
+            train("resona", model, changed, own)
+            (own.out / "resona.pt").unlink()  # Resona.load would not know what was patched
+            runs.append([*test({"resona": model}, changed, own, free=False).values()])
+        (folder / "scores.json").write_text(json.dumps(runs, indent=1))
+        tests = tests_of(scores for one in runs for scores in one)
+        cells = (" /".join(spread(one[which]["token_accuracy"] for one in column if which in one)
+                           for column in zip(*runs)) for which in tests)
+        width = 14 if args.seeds == 1 else 18
+        lines = lines or [f"{'token accuracy by ' + task.unit:<30}" + "".join(f"{which:>{width}}" for which in tests)]
+        lines.append(f"{label:<30}" + "".join(f"{cell:>{width}}" for cell in cells))
         print("", *lines, sep="\n")
 
 
@@ -441,8 +444,8 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--sweep runs one seed and its own rates, got --seeds {args.seeds}, --lr {args.lr}")
     if args.sweep and not 0 < min(args.sweep) <= max(args.sweep) < math.inf:
         raise UserError(f"--sweep takes rates above zero, got {min(args.sweep)}")
-    if args.ablate and (args.task not in train_toy.TASKS or args.model != "all" or args.seeds > 1 or args.autocast):
-        raise UserError("--ablate is Resona on copy or bilingual; it takes no --model, --seeds or --autocast")
+    if args.ablate and (args.task not in train_toy.TASKS or args.model != "all" or args.autocast):
+        raise UserError("--ablate is Resona on copy or bilingual; it takes no --model or --autocast")
     names = TASKS if args.task == "all" else [args.task]
     tasks = {name: TASKS[name](args.data) if name == "text" else TASKS[name]() for name in names}
     for name, task in tasks.items():

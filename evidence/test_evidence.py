@@ -357,7 +357,17 @@ def test_ablations_train_and_leave_no_checkpoint(tmp_path, monkeypatch, capsys):
     whole = capsys.readouterr().out.splitlines()[-8:]
     assert [line[:26].strip() for line in whole[:6]] == [*run.ABLATIONS]
     assert run.main([*flags, "--resume"]) == 0 and capsys.readouterr().out.splitlines()[-8:] == whole
-    assert len(list(tmp_path.glob("ablate/*/resona.train.pt"))) == 6 and not list(tmp_path.glob("**/resona.pt"))
+    assert len(list(tmp_path.glob("ablate/*/seed-0/resona.train.pt"))) == 6 and not list(tmp_path.glob("**/resona.pt"))
+
+
+def test_an_ablation_of_two_seeds_is_that_of_each(tmp_path, capsys):
+    def ran(*flags):
+        assert run.main(["--ablate", "top_k 8 in training", "--steps", "2", "--lengths", "8", "--device", "cpu",
+                         "--out", str(tmp_path), *flags]) == 0
+        runs = json.loads((tmp_path / "ablate" / "top_k-8-in-training" / "scores.json").read_text())
+        return [(scores["8"]["token_accuracy"], scores["8"]["bits_per_token"]) for run in runs for scores in run]
+    assert ran("--seeds", "2") == [*ran(), *ran("--seed", "1")]
+    assert " ±0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", ["copy", "bilingual"])
@@ -369,7 +379,7 @@ def test_ablations_of_the_state_train(task, tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out.splitlines()[-5:-2]
     assert [line[:26].strip() for line in table] == labels
     for label, path in zip(labels, ("no-recurrence", "query-without-the-state", "keys-from-the-state")):
-        losses = torch.load(tmp_path / "ablate" / path / "resona.train.pt", weights_only=True)["losses"]
+        losses = torch.load(tmp_path / "ablate" / path / "seed-0" / "resona.train.pt", weights_only=True)["losses"]
         assert len(losses) == 20 and losses[-1] < losses[0]
     changed, model = run.ablated("no recurrence", TASKS[task](), run.parse([]))
     tokens = torch.arange(60).view(2, 30) % changed.vocab_size
@@ -506,14 +516,15 @@ def test_choose_scores_and_times_every_model(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "DECODED", 1)
     for task in ("copy", "mqar", "bilingual"):
         monkeypatch.setattr(TASKS[task], "steps", 1)
-        inputs = choose.rows(task, 128)[0]
+        inputs = choose.rows(task, 128, 0)[0]
         assert (inputs < TASKS[task].vocab_size).all() and 126 <= inputs.shape[1] <= 128
-    assert choose.main(["--out", str(tmp_path)]) == 0
+    assert choose.main(["--out", str(tmp_path), "--seeds", "2"]) == 0
     first = json.loads(choose.RESULTS.read_text())
     labels = {"resona k=1", "resona k=4", *choose.MODELS} - {"resona"}
     assert set(first["results"]) == {"copy", "mqar", "bilingual"}
     for cells in (*first["results"].values(), first["microseconds_a_token"]):
         assert set(cells["128"]) == labels and set(cells["256"]) == labels | {"resona ivf k=1", "resona ivf k=4"}
+    assert len(first["results"]["copy"]["128"]["nope"]["token_accuracy"]) == 2
     assert choose.main(["--out", str(tmp_path), "--times"]) == 0  # from the files of the models
     again = json.loads(choose.RESULTS.read_text())
     assert again["results"] == first["results"] and again["microseconds_a_token"] != first["microseconds_a_token"]
