@@ -67,19 +67,15 @@ def _check(spec: str, *tensors: Tensor) -> None:
 def _agree(kernel: Callable, twin: Callable, dtype: torch.dtype, device: torch.device) -> bool:
     """Does the kernel give what its twin gives on a small input, in value and gradient? No GPU has timed these kernels
     yet: so resona.py asks once in a process before it uses one, and a warning says if the answer is no."""
-    def both(f: Callable) -> tuple[Tensor, Tensor]:
-        y = f(*call)[0] if name == "search" else f(*call)
-        return y, torch.autograd.grad(y[y.isfinite()].float().square().sum(), x)[0]
-
-    name = twin.__name__.split("_")[0]
-    numbers = torch.Generator().manual_seed(0)  # its own, so that the caller's random numbers stay what they are
-    with torch.inference_mode(False):  # with gradients, even if the first use is in evaluation
-        x = torch.rand(2, 20, 4, 16, generator=numbers, device="cpu").to(device, dtype).requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():  # also if the first use is in an evaluation
+        x = torch.arange(2560, device=device).cos().abs().to(dtype).view(2, 20, 4, 16).requires_grad_()
         rows, chunks, index = x.flatten(2), x.unflatten(1, (5, 4)), torch.arange(3, device=device).expand(2, 20, 3)
-        call = {"scan": (rows, rows), "search": (rows, rows[:, ::4], 4, 4),
-                "attend": (x, chunks, chunks, x[..., 0, :3], index)}[name]
+        run = {"scan": lambda f: f(rows, rows), "search": lambda f: f(rows, rows[:, ::4], 4, 4)[0],
+               "attend": lambda f: f(x, chunks, chunks, x[..., 0, :3], index)}[twin.__name__.split("_")[0]]
         try:
-            torch.testing.assert_close(*map(both, (kernel, twin)), rtol=0.05, atol=0.05, check_dtype=False)
+            values = [run(f) for f in (kernel, twin)]
+            slopes = [torch.autograd.grad(y[y.isfinite()].float().square().sum(), x)[0] for y in values]
+            torch.testing.assert_close(*zip(values, slopes), rtol=0.05, atol=0.05, check_dtype=False)
         except NotImplementedError:
             pass  # its own word that it cannot take this, which the caller heeds
         except Exception as error:  # a compiler has many
