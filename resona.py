@@ -460,8 +460,9 @@ def _tables(index: Tensor, *chunks: Tensor) -> list[Tensor]:
     of all texts, (B·M, width); an empty slot points to the first chunk of its text."""
     if all(hasattr(x, "buffer") for x in chunks):  # a memory that grows (5.): its used part would have to be copied
         chunks = [x.buffer for x in chunks]
-    first = chunks[0].shape[1] * torch.arange(len(index), device=index.device).view(-1, 1, 1)
-    return [x.flatten(0, 1) for x in (index.clamp(min=0) + first, *(x.flatten(2) for x in chunks))]
+    rows, (B, M) = index.clamp(min=0), chunks[0].shape[:2]
+    rows = rows + M * torch.arange(B, device=rows.device).view(-1, 1, 1) if B > 1 else rows
+    return [x.flatten(0, 1) for x in (rows, *(x.flatten(2) for x in chunks))]
 
 
 # 3. Attend. Keys and values of the chosen chunks are gathered for a block of queries at a time. All heads take part
