@@ -18,12 +18,14 @@ import platform
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import train_toy  # noqa: F401  (registers the attention)
@@ -108,9 +110,10 @@ def ratios() -> None:
         print(f"{what}, {B} x {L} tokens: attention / Resona {times['attention'] / times['Resona']:.2f}, Resona / "
               f"recurrence {times['Resona'] / times['recurrence']:.2f}", flush=True)
 
-    for name in ("recurrence", "Resona"):  # first, as a child's peak starts from its parent's
-        with get_context("spawn").Pool(1) as fresh:
-            print(f"training, 1 x 65536 tokens, {name}: {fresh.apply(memory, (name,)):.0f} MiB above the start")
+    for name, again in (("recurrence", False), ("Resona", False), ("Resona", True)):
+        with get_context("spawn").Pool(1) as fresh:  # first of all, as a child's peak starts from its parent's
+            print(f"training, 1 x 65536 tokens, {name}{', each layer computed again' * again}: "
+                  "{:.0f} MiB above the start, {:.1f} s a step".format(*fresh.apply(memory, (name, again))), flush=True)
     for L in (512, 4096, 16384):
         compare("training", training, 16384 // L, L)
     for L in (4096, 16384):
@@ -136,14 +139,22 @@ def search() -> None:
     print("search, 16384 queries:", ", ".join(f"{way} {t * 1e3:.0f} ms" for way, t in shortest(ways, 5).items()))
 
 
-def memory(name: str) -> float:
-    """MiB that a training step on 65,536 tokens takes at most."""
+def memory(name: str, again: bool, length: int = 65536) -> tuple[float, float]:
+    """MiB that a training step on a row of so many tokens takes at most, and seconds, of the quicker of two."""
     torch.set_num_threads(1)
-    model = make(name)
+    model = compute_again(make(name)) if again else make(name)
     training(model, torch.zeros(1, 64, dtype=torch.int64))()
-    start = peak_memory("cpu")
-    training(model, torch.randint(0, 30, (1, 65536)))()
-    return (peak_memory("cpu") - start) * 1024
+    start, tokens = peak_memory("cpu"), torch.randint(0, 30, (1, length))
+    seconds = shortest({name: training(model, tokens)}, 1)[name]
+    peak = peak_memory("cpu")
+    return (peak - start) * 1024, min(seconds, shortest({name: training(model, tokens)}, 1)[name])
+
+
+def compute_again(model: Resona) -> Resona:
+    """Of each layer autograd keeps the input alone, and computes the rest again when it goes back."""
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model
 
 
 def main(argv: list[str]) -> int:

@@ -507,6 +507,19 @@ def test_cost_measures_every_model(tmp_path, capsys):
     assert cost.main(["--longest", "100"]) == 2 and "at least 256, got 100" in capsys.readouterr().err
 
 
+def test_layers_that_are_computed_again_have_the_same_gradients():
+    tokens, gradients = torch.randint(0, 30, (2, 50), generator=torch.Generator().manual_seed(0)), []
+    for prepare in (lambda model: model, cost.compute_again):
+        model, kept = prepare(cost.make("Resona").double()), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            loss = model(tokens)[0].logsumexp(-1).sum()
+        loss.backward()
+        gradients.append([weight.grad for weight in model.parameters()] + [sum(x.numel() for x in kept)])
+    assert gradients[1].pop() < gradients[0].pop() / 4
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 def test_choose_scores_and_times_every_model(tmp_path, monkeypatch):
     for name, value in (("LENGTHS", (128, 256)), ("OPENED", (1, 4)), ("RESULTS", tmp_path / "choose.json"),
                         ("IVF", {"search": "ivf", "n_list": 2, "n_probe": 1}),
