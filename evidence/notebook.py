@@ -1,12 +1,12 @@
 """The models that tutorial.ipynb loads, as they train for too long to do it there.
 
-    python -m evidence.notebook limit              # how many letters a state holds: within an hour on one thread
+    python -m evidence.notebook limit              # how many letters a state holds: two hours on one thread
     python -m evidence.notebook parts              # bilingual without one part of Resona: within a quarter of an hour
     python -m evidence.notebook limit --resume     # goes on after Ctrl-C
 
 limit: recurrences of two layers of 8 to 64 channels, whose state has twice as many numbers, learn to copy strings of
-4 to 32 letters. parts: one layer learns bilingual, with one thing taken out at a time. Both at the rates of
-train_toy.py, seed 0, with each number of steps from the start. Writes to evidence/results limit.json and parts.json,
+4 to 32 letters. parts: one layer learns bilingual, with one thing taken out at a time, at the rates of train_toy.py.
+Both with seed 0, with each number of steps from the start. Writes to evidence/results limit.json and parts.json,
 what each has after so many steps, and limit-<width>.pt and parts-<name>.pt, those trained longest, in half precision.
 """
 
@@ -27,7 +27,8 @@ from resona import Resona, ResonaConfig
 from train_toy import Bilingual, Copying, evaluate, train, write
 
 RESULTS = Path(__file__).with_name("results")
-WIDTHS, LIMIT_STEPS = (8, 16, 32, 64), (2000, 8000)
+WIDTHS = {8: 1e-2, 16: 2e-2, 32: 2e-2, 64: 2e-2}  # channels -> learning rate, the better of these two
+LIMIT_STEPS = (2000, 8000, 32000)
 PARTS_STEPS = (400, 800)
 PARTS = {"nothing": "as it is", "recurrence": "no recurrence", "state-asks": "query without the state",
          "late-keys": "keys not one step late", "log-P": "no log-probability bias"}  # -> evidence.run's word for it
@@ -43,12 +44,12 @@ def trained(name: str, model: Resona, task: Any, steps: int, lr: float, args: ar
 def limit(args: argparse.Namespace) -> dict:
     """-> width -> steps -> length of the string -> letters right in one, its end included, on average."""
     report: dict = {}
-    for width in WIDTHS:
+    for width, rate in WIDTHS.items():
         for steps in LIMIT_STEPS:
             torch.manual_seed(0)
             model = Resona(ResonaConfig(Copying.vocab_size, d_model=width, d_ff=2 * width, retrieval=False))
             name, task = f"recurrence-{width}-{steps}", Copying()
-            trained(name, model, task, steps, task.lr["recurrence"], args)
+            trained(name, model, task, steps, rate, args)
             tests = {n: task.test(np.random.default_rng([0, 1, n]), n)[str(n)] for n in (4, 8, 16, 32, 64, 128)}
             scores = {n: (n + 1) * evaluate(model, rows, "cpu")["token_accuracy"] for n, rows in tests.items()}
             report.setdefault(width, {})[steps] = scores
