@@ -352,9 +352,11 @@ class Nothing(nn.Module):
         return x.new_zeros(*x.shape[:-1], 1)
 
 
+SMALLEST = {"chunk_size": 1, "top_k": 8, "d_search": 64}  # chunks, with a search that can tell more of them apart
 ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
     "as it is": ({}, lambda branch: None),
-    "chunks of 1 token": ({"chunk_size": 1, "top_k": 8, "d_search": 64}, lambda branch: None),
+    "chunks of 1 token": (SMALLEST, lambda branch: None),
+    "chunks of 1 token, query without the state": (SMALLEST, query_without_state),
     "chunks of 4 tokens": ({"chunk_size": 4}, lambda branch: None),
     "chunks of 8 tokens": ({"chunk_size": 8}, lambda branch: None),
     "search of width 64": ({"d_search": 64}, lambda branch: None),
