@@ -74,8 +74,8 @@ def _agree(kernel: Callable, twin: Callable, dtype: torch.dtype, device: torch.d
                "attend": lambda f: f(x, chunks, chunks, x[..., 0, :3], index)}[twin.__name__.split("_")[0]]
         try:
             values = [run(f) for f in (kernel, twin)]
-            slopes = [torch.autograd.grad(y[y.isfinite()].float().square().sum(), x)[0] for y in values]
-            torch.testing.assert_close(*zip(values, slopes), rtol=0.05, atol=0.05, check_dtype=False)
+            gradients = [torch.autograd.grad(y[y.isfinite()].float().square().sum(), x)[0] for y in values]
+            torch.testing.assert_close(*zip(values, gradients), rtol=0.05, atol=0.05, check_dtype=False)
         except NotImplementedError:
             pass  # its own word that it cannot take this, which the caller heeds
         except Exception as error:  # a compiler has many

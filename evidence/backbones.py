@@ -241,7 +241,7 @@ def main(argv: list[str]) -> int:
         try:
             report["recurrences"][name] = one = measure(*parts, range(args.seed, args.seed + args.seeds))
         except ImportError as error:
-            print(f"{name:<29}not installed: {error.name}")
+            print(f"{name:<27}not installed: {error.name}")
             continue
         cells = [spread(run[length] for run in one[model]) for model in ("recurrence", "resona")
                  for length in ("32", "128")]

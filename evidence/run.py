@@ -352,7 +352,7 @@ class Nothing(nn.Module):
         return x.new_zeros(*x.shape[:-1], 1)
 
 
-SMALLEST = {"chunk_size": 1, "top_k": 8, "d_search": 64}  # chunks, with a search that can tell more of them apart
+SMALLEST = {"chunk_size": 1, "top_k": 8, "d_search": 64}  # chunks, and a wider search for so many
 ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
     "as it is": ({}, lambda branch: None),
     "chunks of 1 token": (SMALLEST, lambda branch: None),
