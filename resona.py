@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -346,7 +346,6 @@ from functools import wraps
 from pathlib import Path
 
 from torch.utils._pytree import tree_map_only
-
 import kernels
 
 
@@ -359,7 +358,6 @@ import kernels
 #     block 2   h[8] → …                      at last  all rows at once again, from there.
 #    That is some 4·√L operations, not L. Running twice moves less memory than keeping the products, and nothing is
 #    divided by one, which underflows. The steps that are left over, fewer than √L, go one by one.
-
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """The same as scan_naive, in some 4·√L operations."""
     check_shapes("BLD BLD BD", a, b, h0)
@@ -408,30 +406,23 @@ def _grid(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
 # 2. The search. A block of queries is multiplied with every chunk that its last query may see, in one product. Which
 #    chunks win is found without a graph; then the winners' scores alone get a gradient, so memory grows with L·K.
-
 def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     """The same as search_naive for a block of queries at once, with some four million scores at a time."""
     check_shapes("BLS BMS", q, c)
-    q, c, (B, L, _), M = wide(q), wide(c), q.shape, c.shape[1]
-    block = max(1, min(256, 2**22 // max(1, B * M)))
-    with torch.no_grad():  # the last and widest block first: what it frees has room for the next
-        found = [_best_chunks(q[:, t:t + block], c, top_k, chunk_size, offset + t) for t in range(0, L, block)[::-1]]
-        score, index = found[0] if len(found) == 1 else (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
+    q, c, (B, L, _), M, found = wide(q), wide(c), q.shape, c.shape[1], []
+    block = max(1, min(256 if B == 1 else 128, 2**22 // max(1, B * M)))
+    for t in range(0, L, block)[::-1]:  # the last and widest block first: what it frees has room for the next
+        first, end = offset + t, offset + min(t + block, L)
+        all_see, some_see = min(M, first // chunk_size), min(M, (end - 1) // chunk_size)  # so many chunks
+        score = q[:, t:t + block].detach() @ c[:, :some_see].detach().mT  # (B, block, some_see)
+        score = F.pad(score, (0, top_k - some_see), value=-math.inf) if some_see < top_k else score
+        if all_see < score.shape[2]:
+            position, chunk = (torch.arange(*ab, device=q.device) for ab in ((first, end), (all_see, score.shape[2])))
+            score[..., all_see:].masked_fill_(chunk >= position.unsqueeze(1) // chunk_size, -math.inf)
+        score, index = best_of(score, top_k)
+        found.append((score, index.masked_fill_(score == -math.inf, -1) if all_see < top_k else index))
+    score, index = found[0] if len(found) == 1 else (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
     return (score_of(q, c, index) if torch.is_grad_enabled() and M else score), index
-
-
-def _best_chunks(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int) -> tuple[Tensor, Tensor]:
-    """q: (B, L, S), c: (B, M, S) -> score, index: (B, L, top_k)."""
-    all_see, some_see = (min(c.shape[1], p // chunk_size) for p in (offset, offset + q.shape[1] - 1))  # chunks
-    score = q @ c[:, :some_see].mT  # (B, L, some_see)
-    if some_see < top_k:
-        score = F.pad(score, (0, top_k - some_see), value=-math.inf)
-    if all_see < score.shape[-1]:
-        ended = torch.arange(offset, offset + q.shape[1], device=q.device) // chunk_size  # that each query may see
-        hidden = torch.arange(all_see, score.shape[-1], device=q.device) >= ended.unsqueeze(1)
-        score[..., all_see:].masked_fill_(hidden, -math.inf)
-    score, index = best_of(score, top_k)
-    return score, index.masked_fill_(score == -math.inf, -1) if all_see < top_k else index
 
 
 def best_of(score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -450,76 +441,89 @@ def best_of(score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def score_of(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
     """q: (B, L, S), c: (B, M, S), M >= 1, index: (B, L, K) -> q[t]·c[index[t, i]], -inf where the index is -1."""
-    rows, c = _tables(index, c)
-    score = (F.embedding(rows, c) * q.flatten(0, 1).unsqueeze(1)).sum(2)  # as small products have a slow gradient
+    score = _Opened.apply(True, q.flatten(0, 1).unsqueeze(1), *_tables(index, c))  # (B·L, 1, K)
     return score.view(index.shape).masked_fill(index < 0, -math.inf)
 
 
 def _tables(index: Tensor, *chunks: Tensor) -> list[Tensor]:
-    """index: (B, L, K), chunks: (B, M, ...) each -> rows: (B·L, K), where the chosen chunks stand in tables of those
-    of all texts, (B·M, width); an empty slot points to the first chunk of its text."""
+    """index: (B, L, K), chunks: (B, M, ...) each -> tables of those of all texts, (B·M, width), and rows: (B·L, K), of
+    the chosen ones; an empty slot points to the first chunk of its text."""
     if all(hasattr(x, "buffer") for x in chunks):  # a memory that grows (5.): its used part would have to be copied
         chunks = [x.buffer for x in chunks]
     rows, (B, M) = index.clamp(min=0), chunks[0].shape[:2]
     rows = rows + M * torch.arange(B, device=rows.device).view(-1, 1, 1) if B > 1 else rows
-    return [x.flatten(0, 1) for x in (rows, *(x.flatten(2) for x in chunks))]
+    return [x.flatten(0, 1) for x in (*(x.flatten(2) for x in chunks), rows)]
 
 
-# 3. Attend. Keys and values of the chosen chunks are gathered for a block of queries at a time. All heads take part
-#    in one matrix product: a query becomes a matrix with a row for each head, zero outside the head's own E columns.
-#    That multiplies H times too much, but moves nothing. Autograd would keep what is gathered for the backward pass;
-#    here the weights are kept, K·U numbers a head, all else is gathered again, and gradients are added into one table.
-
+# 3. Attend. Keys and values are tables with a row for each chunk, of which a query opens K. Two functions do it, each
+#    the other's derivative: q·k_j has dq = Σ_j dp_j k_j, and Σ_j w_j v_j has dw_j = dr·v_j. For the first, keys are
+#    gathered and multiplied with a matrix that has a row for each head, zero outside the head's own E columns: H times
+#    too much, but nothing is moved. The second is F.embedding_bag's, and so are the sums by token.
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
-    """The same as attend_naive for a block of queries at once."""
+    """The same as attend_naive for all queries at once."""
     if k.shape[1] == 0:
         return torch.zeros_like(q)
     nothing = index[..., :1] < 0  # (B, L, 1): the first slot is the last to be empty
     log_p = score.masked_fill(nothing, 0).log_softmax(-1).to(q.dtype)  # (B, L, K); of -inf alone it would be NaN
     bias = log_p.repeat_interleave(k.shape[2], dim=2).flatten(0, 1).unsqueeze(1)  # (B·L, 1, J), for J = K·U tokens
-    rows, k, v = _tables(index, k, v)
+    k, v, rows = _tables(index, k, v)
     if len(rows) <= 64 and not torch.is_grad_enabled():  # decoding: PyTorch's own has fewer operations
         keys, values = (F.embedding(rows, x).to(q).view(len(rows), -1, *q.shape[2:]).transpose(1, 2) for x in (k, v))
         r = F.scaled_dot_product_attention(q.flatten(0, 1).unsqueeze(2), keys, values, bias.unsqueeze(1)).to(q.dtype)
     else:
-        own = torch.eye(q.shape[2]).to(q).repeat_interleave(q.shape[3], dim=1)  # (H, H·E), 1 in a head's own columns
-        r = _Attend.apply(q.flatten(2).flatten(0, 1) / math.sqrt(q.shape[3]), k.to(q), v.to(q), bias, rows, own)
-    return r.view(q.shape).masked_fill(nothing.unsqueeze(-1), 0)
+        logit = torch.add(bias, _Opened.apply(True, q.flatten(0, 1), k.to(q), rows), alpha=1 / math.sqrt(q.shape[3]))
+        r = _Opened.apply(False, logit.softmax(2), v.to(q), rows)
+    return r.view(q.shape).masked_fill_(nothing.unsqueeze(-1), 0)
 
 
-class _Attend(torch.autograd.Function):
-    """With w the weights and r = Σ_j w_j v_j:   dv_j = w_j·dr,   d(logit)_j = w_j·(dr·v_j - dr·r),   and from it
-    dq = Σ_j d(logit)_j·k_j,   dk_j = d(logit)_j·q,   d(bias)_j = Σ d(logit)_j over heads."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias, rows, own):  # q, r: (B·L, H·E), k, v: (B·M, U·H·E), rows: (B·L, K)
-        r, w = torch.empty_like(q), q.new_empty(len(q), len(own), bias.shape[2])  # w: (B·L, H, J)
-        for t, keys, values in _opened(k, v, rows, q.shape[1]):
-            w[t] = torch.baddbmm(bias[t], q[t].unsqueeze(1) * own, keys.mT).softmax(2)
-            r[t] = (w[t] @ values).mul_(own).sum(1)
-        ctx.save_for_backward(q, k, v, rows, own, w)
-        return r
+class _Opened(torch.autograd.Function):
+    """_products(q, k, rows) or _sums(w, v, rows) of n queries, in tables (chunks, U·H·E), with their derivatives."""
 
     @staticmethod
-    def backward(ctx, dr):
+    def forward(ctx, products, x, table, rows):
+        ctx.products = products
+        ctx.save_for_backward(x, table, rows)
+        return (_products if products else _sums)(x, table, rows)
+
+    @staticmethod
+    def backward(ctx, d):
         check(not torch.is_grad_enabled(), ONCE)
-        q, k, v, rows, own, w = ctx.saved_tensors
-        dq, dk, dv, dbias = *map(torch.zeros_like, (q, k, v)), q.new_empty(len(q), 1, w.shape[2])
-        for t, keys, values in _opened(k, v, rows, q.shape[1]):
-            queries, douts = q[t].unsqueeze(1) * own, dr[t].unsqueeze(1) * own  # (n, H, H·E)
-            dw = douts @ values.mT  # (n, H, J)
-            dlogit = w[t] * (dw - (w[t] * dw).sum(2, keepdim=True))
-            dq[t], dbias[t] = (dlogit @ keys).mul_(own).sum(1), dlogit.sum(1, keepdim=True)
-            for total, part in ((dk, dlogit.mT @ queries), (dv, w[t].mT @ douts)):  # (n, J, H·E)
-                total.index_add_(0, rows[t].flatten(), part.view(-1, total.shape[1]))
-        return dq, dk, dv, dbias, None, None
+        x, table, rows = ctx.saved_tensors
+        w, q, of_x = (d, x, _sums) if ctx.products else (x, d, _products)
+        return None, of_x(d, table, rows), _sums_by_token(w, q, table, rows), None
 
 
-def _opened(k: Tensor, v: Tensor, rows: Tensor, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """n of the queries (a slice), with keys and values of the J = K·U tokens that each opened: (n, J, H·E)."""
-    n = max(1, 2**18 // (rows.shape[1] * k.shape[1]))  # so that what is gathered stays in the processor's cache
-    for t in (slice(start, start + n) for start in range(0, len(rows), n)):
-        yield t, *(F.embedding(rows[t], x).view(len(rows[t]), -1, width) for x in (k, v))
+def _products(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """q·k_j by head, of the J = K·U tokens j that a query opened: (n, H, E), rows: (n, K) -> (n, H, J)."""
+    (n, H, E), J = q.shape, rows.shape[1] * k.shape[1] // q[0].numel()
+    own = torch.eye(H).to(q).repeat_interleave(E, dim=1)  # (H, H·E), 1 in a head's own columns
+    out, block = q.new_empty(n, H, J), max(1, 2**18 // (J * H * E))  # queries whose keys fit in the processor's cache
+    for part, q, rows in zip(*(x.split(block) for x in (out, q.reshape(n, 1, -1), rows))):
+        torch.bmm(q * own, F.embedding(rows, k).view(-1, J, H * E).mT, out=part)
+    return out
+
+
+def _sums(w: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Σ_j w_j·v_j by head, over the tokens that a query opened: (n, H, J) -> (n, H, E)."""
+    (n, H, J), U = w.shape, w.shape[2] // rows.shape[1]
+    first = (rows.unsqueeze(2) * U + torch.arange(U, device=w.device)).flatten(1) * H  # (n, J): numbers of v's rows
+    v = v.reshape(-1, v.shape[1] // (U * H))  # one for each token and head
+    return torch.stack([F.embedding_bag(first + h, v, mode="sum", per_sample_weights=w[:, h].contiguous())
+                        for h in range(H)], dim=1)
+
+
+def _sums_by_token(w: Tensor, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """Σ_t w[t, j]·q[t] by head, over the queries t that opened token j: (chunks, U·H·E), as k."""
+    (n, H, E), K = q.shape, rows.shape[1]
+    w = w.flatten(1).T.contiguous().view(H, K, -1, n).transpose(1, 2).flatten(2)  # (H, U, K·n)
+    chunk, order = rows.T.flatten().sort(stable=True)  # the K·n openings by chunk,
+    starts = torch.searchsorted(chunk, torch.arange(len(k), device=k.device))  # and where those of each chunk start
+    out, q = q.new_empty(len(k), w.shape[1], H, E), q.reshape(-1, E)
+    for h in range(H):
+        query = order % n * H + h
+        for u, part in enumerate(w[h].index_select(1, order)):
+            out[:, u, h] = F.embedding_bag(query, q, starts, mode="sum", per_sample_weights=part)
+    return out.view_as(k)
 
 
 # 4. The inverted file (IVF, as in FAISS), for more than some 30,000 chunks; with fewer the exact search is as quick.
@@ -552,8 +556,7 @@ def update_lists(c: Tensor, n_list: int, known: Lists | None = None) -> Lists | 
         ranked = _nearest(first, centroids, 1)[0].sort(dim=1).values  # (B, SAMPLE·n_list, 1)
         known = Lists(centroids, ranked[:, first.shape[1] // OUTLIERS], c.new_empty(len(c), 0, dtype=torch.int64))
     similarity, member = (x.squeeze(2) for x in _nearest(c[:, known.member.shape[1]:], known.centroids, 1))
-    member = member.masked_fill(similarity < known.threshold, n_list)
-    return known._replace(member=torch.cat([known.member, member], dim=1))
+    return known._replace(member=torch.cat([known.member, member.masked_fill(similarity < known.threshold, n_list)], 1))
 
 
 def _nearest(x: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -571,17 +574,15 @@ def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, l
         found += [search_ivf(q[:, few:], c, top_k, chunk_size, offset + few, lists, n_probe)] if few < L else []
         return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
     with torch.no_grad():
-        nearest = _nearest(q, lists.centroids, min(n_probe, n_list))[1]  # (B, L, n_probe)
+        nearest = F.pad(_nearest(q, lists.centroids, min(n_probe, n_list))[1], (0, 1), value=n_list)  # and the outliers
         probed = torch.zeros(B, n_list + 1, L, dtype=torch.bool, device=q.device).scatter_(1, nearest.mT, True)
         ended = torch.arange(offset, offset + L, device=q.device) // chunk_size  # chunks that each query may see
-        probed[:, n_list] = True
         index = torch.stack([_probe(q[i], c[i], top_k, ended, probed[i], lists.member[i]) for i in range(B)])
     return score_of(q, c, index), index
 
 
 def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, member: Tensor) -> Tensor:
-    """q: (L, S), c: (M, S), probed: (lists, L) -> index: (L, top_k), list by list: all queries that probe it meet its
-    chunks in one matrix product, some four million scores at a time, and keep the best of these and of those before."""
+    """q: (L, S), c: (M, S), probed: (lists, L) -> index: (L, top_k). Those who probe a list meet it in one product."""
     score, index = q.new_full((len(q), top_k), -math.inf), torch.full((len(q), top_k), -1, device=q.device)
     if len(q) == 1:  # all chunks that it probes as one list, which it probes: the last row, of outliers, is all True
         members, probed = [probed[member, 0].nonzero().squeeze(1)], probed[-1:]
@@ -603,7 +604,6 @@ def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, memb
 # 5. Memory that grows. Token by token, torch.cat would copy all of a long text each time a chunk is finished. So rows
 #    stand at the start of a buffer twice as long, and new ones are written behind them: a state that was returned
 #    does not change, for it sees its own rows. Whoever goes on from it a second time finds the room taken, and copies.
-
 def append(past: Tensor, new: Tensor) -> Tensor:
     """torch.cat([past, new], dim=1) of past: (B, n, ...) and new: (B, m, ...)."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or new.dtype != past.dtype:
