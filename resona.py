@@ -407,14 +407,14 @@ def _grid(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 # 2. The search. A block of queries is multiplied with every chunk that its last query may see, in one product. Which
 #    chunks win is found without a graph; then the winners' scores alone get a gradient, so memory grows with L·K.
 def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """The same as search_naive for a block of queries at once, with some four million scores at a time."""
+    """The same as search_naive for a block of queries at once, with at most some four million scores at a time."""
     check_shapes("BLS BMS", q, c)
     q, c, (B, L, _), M, found = wide(q), wide(c), q.shape, c.shape[1], []
-    block = max(1, min(256 if B == 1 else 128, 2**22 // max(1, B * M)))
+    block = max(1, min(256 if B == 1 else 128, 2**22 // max(1, B * M)))  # so many queries are the quickest
     for t in range(0, L, block)[::-1]:  # the last and widest block first: what it frees has room for the next
         first, end = offset + t, offset + min(t + block, L)
         all_see, some_see = min(M, first // chunk_size), min(M, (end - 1) // chunk_size)  # so many chunks
-        score = q[:, t:t + block].detach() @ c[:, :some_see].detach().mT  # (B, block, some_see)
+        score = torch.bmm(q[:, t:t + block].detach(), c[:, :some_see].detach().mT)  # (B, block, some_see)
         score = F.pad(score, (0, top_k - some_see), value=-math.inf) if some_see < top_k else score
         if all_see < score.shape[2]:
             position, chunk = (torch.arange(*ab, device=q.device) for ab in ((first, end), (all_see, score.shape[2])))
@@ -446,8 +446,8 @@ def score_of(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
 
 
 def _tables(index: Tensor, *chunks: Tensor) -> list[Tensor]:
-    """index: (B, L, K), chunks: (B, M, ...) each -> tables of those of all texts, (B·M, width), and rows: (B·L, K), of
-    the chosen ones; an empty slot points to the first chunk of its text."""
+    """index: (B, L, K), chunks: (B, M, ...) each -> tables of those of all texts, (B·M, width), and rows: (B·L, K),
+    of the chosen; an empty slot points to the first chunk of its text."""
     if all(hasattr(x, "buffer") for x in chunks):  # a memory that grows (5.): its used part would have to be copied
         chunks = [x.buffer for x in chunks]
     rows, (B, M) = index.clamp(min=0), chunks[0].shape[:2]
