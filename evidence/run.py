@@ -355,8 +355,6 @@ class Nothing(nn.Module):
 SMALLEST = {"chunk_size": 1, "top_k": 8, "d_search": 64}  # chunks, and a wider search for so many
 ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
     "as it is": ({}, lambda branch: None),
-    "chunks of 1 token": (SMALLEST, lambda branch: None),
-    "chunks of 1 token, query without the state": (SMALLEST, query_without_state),
     "chunks of 4 tokens": ({"chunk_size": 4}, lambda branch: None),
     "chunks of 8 tokens": ({"chunk_size": 8}, lambda branch: None),
     "search of width 64": ({"d_search": 64}, lambda branch: None),
@@ -372,6 +370,9 @@ ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Retrieval], None]]] = {
     "no recurrence": ({}, lambda branch: setattr(branch, "__class__", NoRecurrence)),
     "query without the state": ({}, query_without_state),
     "keys from the state": ({}, lambda branch: setattr(branch, "__class__", KeysFromState)),
+    "chunks of 1 token": (SMALLEST, lambda branch: None),
+    "chunks of 1 token, query without the state": (SMALLEST, query_without_state),
+    "chunks of 1 token, retrieval in layer 0 only": ({**SMALLEST, "retrieval": [0]}, lambda branch: None),
 }
 
 
