@@ -417,8 +417,8 @@ def search_parallel(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: i
         score = torch.bmm(q[:, t:t + block].detach(), c[:, :some_see].detach().mT)  # (B, block, some_see)
         score = F.pad(score, (0, top_k - some_see), value=-math.inf) if some_see < top_k else score
         if all_see < score.shape[2]:
-            position, chunk = (torch.arange(*ab, device=q.device) for ab in ((first, end), (all_see, score.shape[2])))
-            score[..., all_see:].masked_fill_(chunk >= position.unsqueeze(1) // chunk_size, -math.inf)
+            ended = torch.arange(first, end, device=q.device).unsqueeze(1) // chunk_size  # chunks that each may see
+            score[..., all_see:].masked_fill_(torch.arange(all_see, score.size(2), device=q.device) >= ended, -math.inf)
         score, index = best_of(score, top_k)
         found.append((score, index.masked_fill_(score == -math.inf, -1) if all_see < top_k else index))
     score, index = found[0] if len(found) == 1 else (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
@@ -455,10 +455,10 @@ def _tables(index: Tensor, *chunks: Tensor) -> list[Tensor]:
     return [x.flatten(0, 1) for x in (*(x.flatten(2) for x in chunks), rows)]
 
 
-# 3. Attend. Keys and values are tables with a row for each chunk, of which a query opens K. Two functions do it, each
-#    the other's derivative: q·k_j has dq = Σ_j dp_j k_j, and Σ_j w_j v_j has dw_j = dr·v_j. For the first, keys are
-#    gathered and multiplied with a matrix that has a row for each head, zero outside the head's own E columns: H times
-#    too much, but nothing is moved. The second is F.embedding_bag's, and so are the sums by token.
+# 3. Attend. Keys and values are tables with a row for each chunk, of which a query opens K. Two functions do it, and
+#    for a query each is the other's derivative: p_j = q·k_j has dq = Σ_j dp_j k_j, Σ_j w_j v_j has dw_j = dr·v_j.
+#    For the first, keys are gathered and multiplied with a matrix that has a row for each head, zero outside its own E
+#    columns: H times too much, but nothing is moved. F.embedding_bag makes the sums, also for the tables' gradients.
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """The same as attend_naive for all queries at once."""
     if k.shape[1] == 0:
@@ -477,7 +477,7 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
 
 
 class _Opened(torch.autograd.Function):
-    """_products(q, k, rows) or _sums(w, v, rows) of n queries, in tables (chunks, U·H·E), with their derivatives."""
+    """_products of x = q, table = k, or _sums of x = w, table = v; n queries, tables: (chunks, U·H·E)."""
 
     @staticmethod
     def forward(ctx, products, x, table, rows):
@@ -506,8 +506,8 @@ def _products(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
 def _sums(w: Tensor, v: Tensor, rows: Tensor) -> Tensor:
     """Σ_j w_j·v_j by head, over the tokens that a query opened: (n, H, J) -> (n, H, E)."""
     (n, H, J), U = w.shape, w.shape[2] // rows.shape[1]
-    first = (rows.unsqueeze(2) * U + torch.arange(U, device=w.device)).flatten(1) * H  # (n, J): numbers of v's rows
-    v = v.reshape(-1, v.shape[1] // (U * H))  # one for each token and head
+    first = (rows.unsqueeze(2) * U + torch.arange(U, device=w.device)).flatten(1) * H  # (n, J): rows of v, of head 0
+    v = v.reshape(-1, v.shape[1] // (U * H))  # a row for each token and head
     return torch.stack([F.embedding_bag(first + h, v, mode="sum", per_sample_weights=w[:, h].contiguous())
                         for h in range(H)], dim=1)
 
@@ -582,7 +582,7 @@ def search_ivf(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int, l
 
 
 def _probe(q: Tensor, c: Tensor, top_k: int, ended: Tensor, probed: Tensor, member: Tensor) -> Tensor:
-    """q: (L, S), c: (M, S), probed: (lists, L) -> index: (L, top_k). Those who probe a list meet it in one product."""
+    """q: (L, S), c: (M, S), probed: (lists, L) -> index: (L, top_k), list by list, a product for each."""
     score, index = q.new_full((len(q), top_k), -math.inf), torch.full((len(q), top_k), -1, device=q.device)
     if len(q) == 1:  # all chunks that it probes as one list, which it probes: the last row, of outliers, is all True
         members, probed = [probed[member, 0].nonzero().squeeze(1)], probed[-1:]
