@@ -688,6 +688,22 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "s
 
 # This is the whole method. What follows are the three operations that it calls.
 
+
+def opaque(shape_of_result: Callable[..., Any]) -> Callable[[Callable], Callable]:
+    """
+    A decorator: torch.compile calls the function as it is, and does not look into its loops.
+
+    shape_of_result takes the same arguments, and returns empty tensors of the result's shapes.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        op = torch.library.custom_op(f"resona::{function.__name__}", function, mutates_args=())
+        op.register_fake(shape_of_result)
+        return op
+
+    return decorate
+
+
 # ==================================================================================================
 # Operation 1: the scan
 
@@ -764,9 +780,7 @@ class ParallelScan(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        h = torch.empty_like(b)
-        scan_blocks(a, b, h0, out=h)
-        return h
+        return scan_forward(a, b, h0)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -777,14 +791,37 @@ class ParallelScan(torch.autograd.Function):
     def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         check_first_derivative()
         a, h, h0 = ctx.saved_tensors
-        g = torch.empty_like(h)
-        g[:, -1] = dh[:, -1]
-        scan_blocks(a[:, 1:], dh[:, :-1], dh[:, -1], out=g[:, :-1], reverse=True)
+        return scan_backward(a, h, h0, dh)
 
-        da = torch.empty_like(a)
-        torch.mul(g[:, 0], h0, out=da[:, 0])
-        torch.mul(g[:, 1:], h[:, :-1], out=da[:, 1:])
-        return da, g, a[:, 0] * g[:, 0]
+
+def shape_of_scan_forward(a, b, h0):
+    return torch.empty_like(b)
+
+
+@opaque(shape_of_scan_forward)
+def scan_forward(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    h = torch.empty_like(b)
+    scan_blocks(a, b, h0, out=h)
+    return h
+
+
+def shape_of_scan_backward(a, h, h0, dh):
+    return torch.empty_like(a), torch.empty_like(h), torch.empty_like(h0)
+
+
+@opaque(shape_of_scan_backward)
+def scan_backward(
+    a: Tensor, h: Tensor, h0: Tensor, dh: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a, b and h0 from that of h."""
+    g = torch.empty_like(h)
+    g[:, -1] = dh[:, -1]
+    scan_blocks(a[:, 1:], dh[:, :-1], dh[:, -1], out=g[:, :-1], reverse=True)
+
+    da = torch.empty_like(a)
+    torch.mul(g[:, 0], h0, out=da[:, 0])
+    torch.mul(g[:, 1:], h[:, :-1], out=da[:, 1:])
+    return da, g, a[:, 0] * g[:, 0]
 
 
 def scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = False) -> None:
@@ -901,36 +938,45 @@ def search_parallel(
     """
     check_search(q, c, top_k, chunk_size, offset)
     q, c = at_least_float32(q), at_least_float32(c)
-    B, L, _ = q.shape
     M = c.shape[1]
-    n_slots = top_k
-    top_k = min(top_k, max(M, 1))
+    n_slots = min(top_k, max(M, 1))
+    score, index = best_chunks(q, c, n_slots, chunk_size, offset)
+    if torch.is_grad_enabled() and M > 0:
+        score = gather_scores(q, c, index)
+    if n_slots < top_k:  # fewer chunks than are asked for
+        score = F.pad(score, (0, top_k - n_slots), value=-math.inf)
+        index = F.pad(index, (0, top_k - n_slots), value=-1)
+    return score, index
 
+
+def shape_of_best_chunks(q, c, top_k, chunk_size, offset):
+    shape = (*q.shape[:2], top_k)
+    return q.new_empty(shape), q.new_empty(shape, dtype=torch.int64)
+
+
+@opaque(shape_of_best_chunks)
+def best_chunks(
+    q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
+) -> tuple[Tensor, Tensor]:
+    """search_parallel without a gradient, for top_k <= M or 1."""
+    B, L, _ = q.shape
     n_queries = 256 if B == 1 else 128  # in a block; this many are the fastest on a CPU
-    n_queries = max(1, min(n_queries, 2**22 // max(1, B * M)))
+    n_queries = max(1, min(n_queries, 2**22 // max(1, B * c.shape[1])))
     scores: list[Tensor] = []
     indices: list[Tensor] = []
     # The last block sees the most chunks. It goes first, and the others reuse the memory it frees.
     for start in reversed(range(0, L, n_queries)):
-        block = q[:, start : start + n_queries].detach()
-        score, index = search_block(block, c.detach(), top_k, chunk_size, offset + start)
+        block = q[:, start : start + n_queries]
+        score, index = search_block(block, c, top_k, chunk_size, offset + start)
         scores.insert(0, score)
         indices.insert(0, index)
-    score = torch.cat(scores, dim=1)
-    index = torch.cat(indices, dim=1)
-
-    if torch.is_grad_enabled() and M > 0:
-        score = gather_scores(q, c, index)
-    if n_slots > top_k:  # more slots than chunks
-        score = F.pad(score, (0, n_slots - top_k), value=-math.inf)
-        index = F.pad(index, (0, n_slots - top_k), value=-1)
-    return score, index
+    return torch.cat(scores, dim=1), torch.cat(indices, dim=1)
 
 
 def search_block(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
 ) -> tuple[Tensor, Tensor]:
-    """search_parallel for a few queries: one product, a mask, and the top k."""
+    """best_chunks for a few queries: one product, a mask, and the top k."""
     L = q.shape[1]
     M = c.shape[1]
     # Chunks 0..all_see-1 are visible to all these queries, and those up to some_see-1 to some.
@@ -1131,7 +1177,7 @@ class DotRetrieved(torch.autograd.Function):
     def backward(ctx, dp: Tensor) -> tuple[Tensor, Tensor, None]:
         check_first_derivative()
         q, k, chunk = ctx.saved_tensors
-        return sum_retrieved(dp, k, chunk), sum_retrievers(dp, q, chunk, k.shape), None
+        return sum_retrieved(dp, k, chunk), sum_retrievers(dp, q, chunk, len(k)), None
 
 
 class SumRetrieved(torch.autograd.Function):
@@ -1149,9 +1195,14 @@ class SumRetrieved(torch.autograd.Function):
     def backward(ctx, dr: Tensor) -> tuple[Tensor, Tensor, None]:
         check_first_derivative()
         w, v, chunk = ctx.saved_tensors
-        return dot_retrieved(dr, v, chunk), sum_retrievers(w, dr, chunk, v.shape), None
+        return dot_retrieved(dr, v, chunk), sum_retrievers(w, dr, chunk, len(v)), None
 
 
+def shape_of_dot_retrieved(q, k, chunk):
+    return q.new_empty(len(q), q.shape[1], chunk.shape[1] * k.shape[1])
+
+
+@opaque(shape_of_dot_retrieved)
 def dot_retrieved(q: Tensor, k: Tensor, chunk: Tensor) -> Tensor:
     """
     Σ_e q[t,h,e]·k[j,h,e]. q: (T, H, E), k: (chunks, U, H, E), chunk: (T, K) -> (T, H, K·U).
@@ -1175,6 +1226,11 @@ def dot_retrieved(q: Tensor, k: Tensor, chunk: Tensor) -> Tensor:
     return p
 
 
+def shape_of_sum_retrieved(w, v, chunk):
+    return w.new_empty(len(w), w.shape[1], v.shape[3])
+
+
+@opaque(shape_of_sum_retrieved)
 def sum_retrieved(w: Tensor, v: Tensor, chunk: Tensor) -> Tensor:
     """
     Σ_j w[t,h,j]·v[j,h,e]. w: (T, H, K·U), v: (chunks, U, H, E), chunk: (T, K) -> (T, H, E).
@@ -1196,16 +1252,24 @@ def sum_retrieved(w: Tensor, v: Tensor, chunk: Tensor) -> Tensor:
     return r.view(T, H, E)
 
 
-def sum_retrievers(w: Tensor, q: Tensor, chunk: Tensor, shape: Sequence[int]) -> Tensor:
+def shape_of_sum_retrievers(w, q, chunk, n_chunks):
+    U = w.shape[2] // chunk.shape[1]
+    return q.new_empty(n_chunks, U, *q.shape[1:])
+
+
+@opaque(shape_of_sum_retrievers)
+def sum_retrievers(w: Tensor, q: Tensor, chunk: Tensor, n_chunks: int) -> Tensor:
     """
     Σ_t w[t,h,j]·q[t,h,e] over the queries t that retrieved token j.
 
-    w: (T, H, K·U), q: (T, H, E), chunk: (T, K) -> (chunks, U, H, E), which is shape.
+    w: (T, H, K·U), q: (T, H, E), chunk: (T, K) -> (n_chunks, U, H, E).
+
     The pairs (slot, query) are sorted by the chunk in the slot. Then those of a chunk are
     neighbours, and embedding_bag sums each such group, for one head and one token of it at a time.
     """
-    n_chunks, U, H, E = shape
-    T, K = chunk.shape
+    T, H, E = q.shape
+    K = chunk.shape[1]
+    U = w.shape[2] // K
     by_chunk, pair = chunk.T.flatten().sort(stable=True)  # pair number slot·T + t
     starts = torch.searchsorted(by_chunk, torch.arange(n_chunks, device=q.device))
     query = pair % T
