@@ -185,7 +185,7 @@ class Resona(nn.Module):
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
 
         out = [tokens]
-        stopped = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+        stopped = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             logits, state = self(out[-1], state, top_k, last_only=True)  # (B, 1, vocab_size)
             if temperature == 0:
@@ -262,8 +262,8 @@ class Resona(nn.Module):
                     )
         conv = state.layers[0].conv
         weight = self.embedding.weight
-        theirs = (len(conv), conv.dtype, conv.device)
-        ours = (len(tokens), weight.dtype, weight.device)
+        theirs = (conv.shape[0], conv.dtype, conv.device)
+        ours = (tokens.shape[0], weight.dtype, weight.device)
         if theirs != ours:
             raise ValueError(f"state has batch, dtype and device {theirs}, this call has {ours}")
 
@@ -1035,7 +1035,7 @@ def check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
     at_least_one("chunk_size", chunk_size)
     if offset < 0:
         raise ValueError(f"offset must be at least 0, got {offset}")
-    fits = q.ndim == 3 and c.ndim == 3 and len(q) == len(c) and q.shape[2] == c.shape[2]
+    fits = q.ndim == 3 and c.ndim == 3 and q.shape[0] == c.shape[0] and q.shape[2] == c.shape[2]
     if not fits or min(q.shape) < 1:
         raise ValueError(
             f"q and c must have shapes (B, L, S) and (B, M, S), got {list(q.shape)} and "
@@ -1158,7 +1158,7 @@ def number_across_batch(index: Tensor, M: int) -> Tensor:
         text 0   0 1 … M-1      →     0    1 … M-1
         text 1   0 1 … M-1      →     M  M+1 … 2M-1        (B, L, K) -> (B·L, K)
     """
-    first = M * torch.arange(len(index), device=index.device)
+    first = M * torch.arange(index.shape[0], device=index.device)
     return (index + first.view(-1, 1, 1)).flatten(0, 1)
 
 
@@ -1177,7 +1177,7 @@ class DotRetrieved(torch.autograd.Function):
     def backward(ctx, dp: Tensor) -> tuple[Tensor, Tensor, None]:
         check_first_derivative()
         q, k, chunk = ctx.saved_tensors
-        return sum_retrieved(dp, k, chunk), sum_retrievers(dp, q, chunk, len(k)), None
+        return sum_retrieved(dp, k, chunk), sum_retrievers(dp, q, chunk, k.shape[0]), None
 
 
 class SumRetrieved(torch.autograd.Function):
@@ -1195,11 +1195,11 @@ class SumRetrieved(torch.autograd.Function):
     def backward(ctx, dr: Tensor) -> tuple[Tensor, Tensor, None]:
         check_first_derivative()
         w, v, chunk = ctx.saved_tensors
-        return dot_retrieved(dr, v, chunk), sum_retrievers(w, dr, chunk, len(v)), None
+        return dot_retrieved(dr, v, chunk), sum_retrievers(w, dr, chunk, v.shape[0]), None
 
 
 def shape_of_dot_retrieved(q, k, chunk):
-    return q.new_empty(len(q), q.shape[1], chunk.shape[1] * k.shape[1])
+    return q.new_empty(q.shape[0], q.shape[1], chunk.shape[1] * k.shape[1])
 
 
 @opaque(shape_of_dot_retrieved)
@@ -1227,7 +1227,7 @@ def dot_retrieved(q: Tensor, k: Tensor, chunk: Tensor) -> Tensor:
 
 
 def shape_of_sum_retrieved(w, v, chunk):
-    return w.new_empty(len(w), w.shape[1], v.shape[3])
+    return w.new_empty(w.shape[0], w.shape[1], v.shape[3])
 
 
 @opaque(shape_of_sum_retrieved)
@@ -1377,7 +1377,7 @@ def make_lists(first: Tensor, nlist: int) -> Lists:
     similarity, _ = nearest(first, centroids, 1)
     ranked = similarity.squeeze(2).sort(dim=1).values
     threshold = ranked[:, first.shape[1] // OUTLIERS].unsqueeze(1)
-    no_members = torch.empty(len(first), 0, dtype=torch.int64, device=first.device)
+    no_members = torch.empty(first.shape[0], 0, dtype=torch.int64, device=first.device)
     return Lists(centroids, threshold, no_members)
 
 
@@ -1429,7 +1429,7 @@ def probe_lists(
     q: (L, S), c: (M, S), n_visible: (L,), probes: (L, nlist+1) bool, member: (M,)
     -> index: (L, top_k)
     """
-    L = len(q)
+    L = q.shape[0]
     n_lists = probes.shape[1]
     score = q.new_full((L, top_k), -math.inf)
     index = torch.full((L, top_k), -1, device=q.device)
@@ -1494,7 +1494,7 @@ class GrowingRows:
         # Outside of inference mode, what was made inside cannot be written.
         usable = buffer is not None and buffer.is_inference() <= torch.is_inference_mode_enabled()
         if buffer is None or not usable or buffer.shape[1] < end:
-            buffer = old.new_empty(len(old), 2 * end, *old.shape[2:])
+            buffer = old.new_empty(old.shape[0], 2 * end, *old.shape[2:])
             buffer[:, : old.shape[1]] = old
         # Through .data, for autograd would otherwise object to the change of a tensor that an
         # earlier graph has saved. That graph has seen the rows before these alone.

@@ -1,49 +1,70 @@
-"""Tests: python -m pytest. None needs a GPU; on two CPU cores all of them take about five minutes.
+"""What Resona promises, as tests:  python -m pytest test_resona.py
 
-The rooms come in the order of the files: resona.py, kernels.py, train_toy.py, tutorial.ipynb. The naive functions
-are the specification: they are tested against equations written out here, and each fast twin against them, in
-values and in gradients. Without a GPU the Triton kernels run in Triton's interpreter, with small tiles, and are
-compiled for GPUs that are not there; with a GPU they run on it. Without Triton these tests are skipped.
+They need no GPU. `python -m pytest` alone also runs those in evidence/, some three minutes in all.
+
+    1. definitions         the loops, against equations written out here
+    2. laws                what holds for every model, and how it is used
+    3. fast equals slow    every parallel version against its loop, values and gradients
+    4. kernels             the Triton versions against the loops
+    5. the toy             train_toy.py and the notebook
+
+TABLE
 """
 
-import base64
-import importlib.util
-import json
+from __future__ import annotations
+
 import math
 import os
 import pickle
-import re
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import FrozenInstanceError
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported
-
 import torch.nn.functional as F
-from torch import nn
-from torch.autograd import gradcheck
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
 import resona
 import train_toy
-from resona import (BACKBONES, Resona, ResonaConfig, Retrieval, attend_naive, attend_parallel, best_of, scan_naive,
-                    scan_parallel, search_ivf, search_naive, search_parallel, update_lists)
-from train_toy import Copying, make_model
+from resona import (
+    BACKBONES,
+    GatedRecurrence,
+    GrowingRows,
+    Resona,
+    ResonaConfig,
+    Retrieval,
+    SelectiveSSM,
+    ShortConv,
+    attend_gathered,
+    attend_naive,
+    attend_parallel,
+    scan_naive,
+    scan_parallel,
+    search_ivf,
+    search_naive,
+    search_parallel,
+    top_k_by_groups,
+    update_lists,
+)
 
 DOUBLE = torch.float64
 HERE = Path(__file__).resolve().parent
+INF = math.inf
+
+
+# ==================================================================================================
+# Helpers
 
 
 @pytest.fixture(autouse=True)
@@ -52,1049 +73,1634 @@ def seed():
 
 
 def one_line(error, call, *words):
-    """It raises this error, whose message is one line that holds these words."""
+    """call raises this error. Its message is one line and holds these words."""
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
     assert type(caught.value) is error
-    assert message and "\n" not in message and all(word in message for word in words), message
+    assert message and "\n" not in message
+    for word in words:
+        assert word in message, message
 
 
-def python(*arguments):
-    """A fresh Python, without the interpreter of Triton."""
-    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=clean, cwd=HERE)
+def python(*arguments, folder=HERE):
+    """Run a fresh Python in a folder, without the interpreter of Triton."""
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
 
-SIZES = {"d_model": 16, "n_layer": 2, "n_head": 2, "chunk_size": 4, "top_k": 3, "d_search": 8, "d_ff": 16}
+SIZES = {
+    "d_model": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "chunk_size": 4,
+    "top_k": 3,
+    "d_search": 8,
+    "d_ff": 16,
+}
 
 
-def small_model(backbone="gated", vocab_size=11, **fields):
-    return Resona(ResonaConfig(vocab_size, backbone=backbone, **{**SIZES, **fields})).double()
+def small_model(backbone="gated", vocab_size=11, **changes):
+    """A model of SIZES but for the changes, in float64."""
+    fields = {**SIZES, **changes}
+    return Resona(ResonaConfig(vocab_size, backbone=backbone, **fields)).double()
 
 
 def random_tokens(B, L, vocab_size=11):
     return torch.randint(0, vocab_size, (B, L))
 
 
+def branches(model) -> list[Retrieval]:
+    return [module for module in model.modules() if isinstance(module, Retrieval)]
+
+
+def parameters(model) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
 def gradients(output, inputs):
-    """Of a fixed random projection of the output, so that every entry counts, and counts differently."""
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
-    return torch.autograd.grad((output * weight).sum(), inputs, retain_graph=True)
+    """
+    {"dx": gradient} of a weighted sum of the output, for inputs {"x": tensor} or a named tuple.
+
+    The weights are random and the same each time, so that every entry counts, each differently.
+    """
+    if not isinstance(inputs, dict):
+        inputs = inputs._asdict()
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+    loss = (output * weight.to(output.device)).sum()
+    grads = torch.autograd.grad(loss, list(inputs.values()), retain_graph=True)
+    names = [f"d{name}" for name in inputs]
+    return dict(zip(names, grads, strict=True))
 
 
 def finite(score):
+    """Scores with 0 where no chunk is left."""
     return score.masked_fill(score.isinf(), 0)
 
 
-# -------------------------------------------------------------------------------- resona.py: Part I alone
-@pytest.fixture(scope="module")
-def part_one(tmp_path_factory):
-    """The file up to its line END OF PART I, as a module of its own."""
-    lines = (HERE / "resona.py").read_text(encoding="utf-8").splitlines(keepends=True)
-    end, = (number for number, line in enumerate(lines) if "END OF PART I" in line)
-    path = tmp_path_factory.mktemp("part") / "part_one.py"
-    path.write_text("".join(lines[:end]), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("part_one", path)
-    sys.modules["part_one"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["part_one"]
+def next_token_loss(model, tokens):
+    logits, _ = model(tokens)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class ScanInputs(NamedTuple):
+    a: Tensor
+    b: Tensor
+    h0: Tensor
+
+
+def scan_inputs(B=2, L=7, D=3, dtype=DOUBLE, low=-1.0):
+    a = torch.empty(B, L, D).uniform_(low, 1).to(dtype)
+    b = torch.randn(B, L, D).to(dtype)
+    h0 = torch.randn(B, D).to(dtype)
+    return ScanInputs(a.requires_grad_(), b.requires_grad_(), h0.requires_grad_())
+
+
+class SearchInputs(NamedTuple):
+    q: Tensor
+    c: Tensor
+
+
+def search_inputs(B=2, L=33, M=8, S=5, dtype=DOUBLE):
+    q = torch.randn(B, L, S).to(dtype)
+    c = torch.randn(B, M, S).to(dtype)
+    return SearchInputs(q.requires_grad_(), c.requires_grad_())
+
+
+@dataclass(frozen=True)
+class SearchCase:
+    """Sizes of a search: L queries, from position offset on, among M chunks."""
+
+    B: int = 2
+    L: int = 33
+    M: int = 8
+    S: int = 5
+    top_k: int = 3
+    chunk_size: int = 4
+    offset: int = 0
+    nlist: int = 4  # these two for the inverted file
+    nprobe: int = 2
+
+    def inputs(self, dtype=DOUBLE):
+        return search_inputs(self.B, self.L, self.M, self.S, dtype)
+
+    @property
+    def how(self):
+        return self.top_k, self.chunk_size, self.offset
+
+
+class AttendInputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    search_q: Tensor  # score and index are what the search finds with these two
+    c: Tensor
+
+
+def attend_inputs(B=2, L=13, H=2, E=3, M=3, U=4):
+    q = torch.randn(B, L, H, E, dtype=DOUBLE, requires_grad=True)
+    k = torch.randn(B, M, U, H, E, dtype=DOUBLE, requires_grad=True)
+    v = torch.randn(B, M, U, H, E, dtype=DOUBLE, requires_grad=True)
+    search_q, c = search_inputs(B, L, M, 5)
+    return AttendInputs(q, k, v, search_q, c)
+
+
+class BranchInputs(NamedTuple):
+    z: Tensor
+    u: Tensor
+    y: Tensor
+
+
+def branch_inputs(B=2, L=22, D=16):
+    z = torch.randn(B, L, D, dtype=DOUBLE, requires_grad=True)
+    u = torch.randn(B, L, D, dtype=DOUBLE, requires_grad=True)
+    y = torch.randn(B, L, D, dtype=DOUBLE, requires_grad=True)
+    return BranchInputs(z, u, y)
+
+
+@pytest.fixture
+def few_chunks_make_lists(monkeypatch):
+    """The inverted file has lists from 2 chunks per list on, not from 16."""
+    monkeypatch.setattr(resona, "SAMPLE", 2)
+
+
+# ==================================================================================================
+# Part one: definitions. The loops are the specification; here they are held against equations.
+
+
+def test_the_scan_is_the_sum_written_out():
+    """h[t] = a[0]···a[t]·h0 + Σ_s a[s+1]···a[t]·b[s]"""
+    a, b, h0 = scan_inputs(L=5)
+    h = scan_naive(a, b, h0)
+    for t in range(5):
+        expected = a[:, : t + 1].prod(1) * h0
+        for s in range(t + 1):
+            expected = expected + a[:, s + 1 : t + 1].prod(1) * b[:, s]
+        assert_close(h[:, t], expected)
+
+
+def test_the_search_on_a_case_done_by_hand():
+    """Chunks of two tokens end before the positions 2, 4 and 6."""
+    q = torch.tensor([[[1.0]] * 7])
+    c = torch.tensor([[[2.0], [3.0], [1.0]]])
+    score, index = search_naive(q, c, top_k=2, chunk_size=2)
+    assert index.tolist() == [[[-1, -1], [-1, -1], [0, -1], [0, -1], [1, 0], [1, 0], [1, 0]]]
+    assert score[0, 1].tolist() == [-INF, -INF]
+    assert score[0, 3].tolist() == [2, -INF]
+    assert score[0, 6].tolist() == [3, 2]
+
+    # positions 5 and 6; of equal scores the lower index
+    c[0, 2] = 3.0
+    _, index = search_naive(q[:, :2], c, top_k=3, chunk_size=2, offset=5)
+    assert index.tolist() == [[[1, 0, -1], [1, 2, 0]]]
+
+
+def test_attention_is_the_weighted_mean_written_out():
+    """w_j ∝ P(chunk of j)·exp(q·k_j / √E), where P is the softmax of the scores."""
+    q, k, v, search_q, c = attend_inputs(B=1, L=9, M=2)
+    score, index = search_naive(search_q, c, 2, 4)
+    r = attend_naive(q, k, v, score, index)
+    for t, n_found in ((0, 0), (3, 0), (4, 1), (7, 1), (8, 2)):
+        for h in range(2):
+            total = 0.0
+            expected = torch.zeros(3, dtype=DOUBLE)
+            for slot in range(n_found):
+                chunk = index[0, t, slot]
+                probability = score[0, t, slot].exp() / score[0, t, :n_found].exp().sum()
+                for j in range(4):
+                    match = (q[0, t, h] * k[0, chunk, j, h]).sum() / math.sqrt(3)
+                    weight = probability * match.exp()
+                    total = total + weight
+                    expected = expected + weight * v[0, chunk, j, h]
+            if n_found > 0:
+                expected = expected / total
+            assert_close(r[0, t, h], expected)
+
+
+def test_the_convolution_is_the_sum_written_out():
+    conv = ShortConv(3, width=4).double()
+    x = torch.randn(2, 6, 3, dtype=DOUBLE)
+    out, state = conv(x)
+    for t in range(6):
+        expected = torch.zeros(2, 3, dtype=DOUBLE)
+        for i in range(4):
+            if t - 3 + i >= 0:
+                expected = expected + conv.weight[i] * x[:, t - 3 + i]
+        assert_close(out[:, t], expected)
+    assert torch.equal(state, x[:, 3:])
+
+
+def test_the_gated_recurrence_is_the_loop_written_out():
+    """h = a·h + (1-a)·v, and out_proj(h·silu(g)) is the output."""
+    net = GatedRecurrence(4).double()
+    u = torch.randn(2, 6, 4, dtype=DOUBLE)
+    y, state = net(u)
+    h = torch.zeros(2, 4, dtype=DOUBLE)
+    for t in range(6):
+        gate, v, g = net.in_proj(u[:, t]).split(4, dim=-1)
+        a = 1 / (1 + torch.exp(-gate))
+        h = a * h + (1 - a) * v
+        assert_close(y[:, t], net.out_proj(h * g * torch.sigmoid(g)))
+    assert_close(state, h)
+
+
+def test_the_selective_ssm_is_the_loop_written_out():
+    """h[d,n] = exp(Δ[d]·A[d,n])·h[d,n] + Δ[d]·B[n]·u[d], read by C[n], for every d and n."""
+    D, N = 3, 2
+    net = SelectiveSSM(D, d_state=N).double()
+    u = torch.randn(1, 4, D, dtype=DOUBLE)
+    output, state = net(u)
+    h = torch.zeros(D, N, dtype=DOUBLE)
+    for t in range(4):
+        u_t = u[0, t]
+        dt = torch.log(1 + torch.exp(net.dt_proj(u_t)))
+        B, C = net.BC_proj(u_t).split(N)
+        y = net.D * u_t
+        for d in range(D):
+            for n in range(N):
+                A = -torch.exp(net.A_log[d, n])
+                h[d, n] = torch.exp(dt[d] * A) * h[d, n] + dt[d] * B[n] * u_t[d]
+                y[d] = y[d] + C[n] * h[d, n]
+        assert_close(output[0, t], net.out_proj(y * F.silu(net.gate_proj(u_t))))
+    assert_close(state.view(D, N), h)
+
+
+def test_chunks_are_remembered_as_in_the_worked_example():
+    """Five tokens in chunks of two: keys one token late, values on time, and one token waits."""
+    net = Retrieval(8, n_head=2, chunk_size=2, d_search=3).double()
+    z, u, _ = branch_inputs(B=1, L=5, D=8)
+    memory = net.remember(z, u, None)
+    before = torch.cat([torch.zeros_like(u[:, :1]), u], dim=1)  # before[:, j] is u of token j-1
+    for chunk in range(2):
+        first = 2 * chunk
+        for j in range(2):
+            key = net.k_proj(before[:, first + j]).view(1, 2, 4)
+            value = net.v_proj(z[:, first + j]).view(1, 2, 4)
+            assert_close(memory.k.tensor[:, chunk, j], key)
+            assert_close(memory.v.tensor[:, chunk, j], value)
+        encoder = net.chunk_encoder
+        summed = encoder.proj(before[:, first] + before[:, first + 1])
+        ordered = encoder.mlp(before[:, first : first + 3].flatten(1))
+        key = summed + ordered
+        assert_close(memory.c.tensor[:, chunk], key / key.norm())
+    assert memory.c.tensor.shape == (1, 2, 3)
+    assert torch.equal(memory.u, u[:, 3:])
+    assert torch.equal(memory.z, z[:, 4:])
+
+
+def test_lists_hold_the_chunks_nearest_to_their_centroids(few_chunks_make_lists):
+    c = F.normalize(torch.randn(2, 30, 4), dim=-1)
+    c[:, 20:25] = c[:, 3:8]
+    lists = update_lists(c, 3)
+    assert lists is not None
+    assert torch.equal(lists.member[:, 20:25], lists.member[:, 3:8])  # equal keys, equal lists
+
+    # the least similar of the first chunks sets the threshold below which a chunk is an outlier
+    similarity, nearest = (c @ lists.centroids.mT).max(-1)
+    assert_close(lists.threshold[:, 0], similarity[:, :6].amin(-1))
+    inside = similarity >= lists.threshold - 1e-6
+    assert torch.equal(lists.member, nearest.where(inside, torch.tensor(3)))
+    assert 0 < (lists.member == 3).sum() < 60
+
+
+# ==================================================================================================
+# Part two: laws
+
+
+def gru(d_model):
+    return nn.GRU(d_model, d_model, batch_first=True)
+
+
+def lstm(d_model):
+    return nn.LSTM(d_model, d_model, batch_first=True)
+
+
+class DeltaRule(nn.Module):
+    """
+    DeltaNet (arXiv 2406.06484), one step at a time.
+
+    A matrix S per head is corrected where it was wrong, S ← S + β·(v - S·k)·kᵀ, and read by S·q.
+    """
+
+    def __init__(self, d_model, n_head=4):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model)
+        self.beta_proj = nn.Linear(d_model, n_head)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, u, S=None):
+        qkv = self.qkv_proj(u).unflatten(2, (3, self.n_head, -1)).unsqueeze(-1)
+        q, k, v = qkv.unbind(2)  # (B, L, H, E, 1) each
+        q = F.normalize(q, dim=-2)
+        k = F.normalize(k, dim=-2)
+        beta = self.beta_proj(u).sigmoid()[..., None, None]
+        B, L, H, E, _ = k.shape
+        if S is None:
+            S = k.new_zeros(B, H, E, E)
+        ys = []
+        for t in range(L):
+            error = v[:, t] - S @ k[:, t]
+            S = S + beta[:, t] * error @ k[:, t].mT
+            ys.append((S @ q[:, t]).flatten(1))
+        return self.o_proj(torch.stack(ys, 1)), S
+
+
+class NoPositions(train_toy.CausalAttention):
+    """Attention that knows the order of its tokens from the causal mask alone."""
+
+    def rotate(self, x, past):
+        return x
+
+
+class Nested(nn.Module):
+    """Two recurrences, whose states are in a dict, a list and a tuple."""
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.first = GatedRecurrence(d_model)
+        self.second = GatedRecurrence(d_model)
+
+    def forward(self, u, state=None):
+        if state is None:
+            state = {"first": [None], "rest": (None, None)}
+        x, first = self.first(u, state["first"][0])
+        y, second = self.second(x, state["rest"][0])
+        return y, {"first": [first], "rest": (second, None)}
+
+
+LAWFUL = {
+    "gated": {},
+    "ssm": {"backbone": "ssm"},
+    "transformer": {"backbone": "transformer"},
+    "no positions": {"backbone": NoPositions},
+    "gru": {"backbone": gru},
+    "delta rule": {"backbone": DeltaRule},
+    "no retrieval": {"retrieval": False},
+    "transformer alone": {"backbone": "transformer", "retrieval": False},
+    "last layer only": {"retrieval": [1]},
+    "one token a chunk": {"chunk_size": 1},
+    "ivf": {"search": "ivf", "nlist": 2, "nprobe": 1, "top_k": 1},
+    "ivf, one token a chunk": {
+        "search": "ivf",
+        "nlist": 4,
+        "nprobe": 2,
+        "top_k": 2,
+        "chunk_size": 1,
+    },
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# The state law: however a text is cut into calls, the logits are the same
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", LAWFUL)
+@pytest.mark.parametrize("vocab_size", [11, 2])  # 2: many chunks are alike, and their scores equal
+def test_state_law(case, vocab_size, few_chunks_make_lists):
+    model = small_model(vocab_size=vocab_size, **LAWFUL[case])
+    tokens = random_tokens(2, 27, vocab_size)
+    whole, _ = model(tokens)
+    for cut in (1, 3, 4, 5, 8, 11, 16, 22, 26):
+        head, state = model(tokens[:, :cut])
+        tail, _ = model(tokens[:, cut:], state)
+        again, _ = model(tokens[:, cut:], state)
+        assert_close(torch.cat([head, tail], 1), whole, rtol=0, atol=1e-9)
+        assert torch.equal(tail, again)  # no call changes a state
+
+    state = None
+    steps = []
+    for t in range(27):
+        logits, state = model(tokens[:, t : t + 1], state)
+        steps.append(logits)
+    assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()  # so memory grows in place
+@pytest.mark.parametrize("backbone", ["gated", "transformer"])
+def test_three_texts_grow_in_turns_from_one_state(backbone):
+    model = small_model(backbone)
+    prompt = random_tokens(2, 13)
+    _, state = model(prompt[:, :5])
+    _, state = model(prompt[:, 5:], state)
+    ends = [random_tokens(2, 20) for _ in range(3)]
+    expected = [model(torch.cat([prompt, end], dim=1))[0] for end in ends]
+    states = [state, state, state]
+    for t in range(20):
+        for i, end in enumerate(ends):
+            logits, states[i] = model(end[:, t : t + 1], states[i])
+            assert_close(logits[:, 0], expected[i][:, 13 + t], rtol=0, atol=1e-9)
+
+
+class Interrupted(torch.Tensor):
+    """Rows. When they are written, `interruption` is called once, as if by another thread."""
+
+    interruption = None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        call = Interrupted.interruption
+        if func is torch.Tensor.__setitem__ and call is not None:
+            Interrupted.interruption = None
+            call()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_rows_appended_while_others_are_appended_are_not_mixed_up():
+    rows = GrowingRows(torch.zeros(1, 3, 2)).append(torch.ones(1, 1, 2))
+    fours = torch.full((1, 2, 2), 4.0).as_subclass(Interrupted)
+    appended = []
+    Interrupted.interruption = lambda: appended.append(rows.append(torch.full((1, 2, 2), 5.0)))
+    appended.append(rows.append(fours))
+    fives_text, fours_text = appended
+    assert fives_text.tensor[0, :, 0].tolist() == [0, 0, 0, 1, 5, 5]
+    assert fours_text.tensor[0, :, 0].tolist() == [0, 0, 0, 1, 4, 4]
+    assert rows.tensor[0, :, 0].tolist() == [0, 0, 0, 1]
+
+
+@pytest.fixture
+def threads_that_take_turns():
+    """Four threads, which Python makes take turns every microsecond."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+    sys.setswitchinterval(interval)
+
+
+def test_four_threads_continue_one_state(threads_that_take_turns):
+    model = small_model(chunk_size=1)
+    prompt = random_tokens(1, 9)
+    with torch.no_grad():
+        _, state = model(prompt[:, :8])
+        _, state = model(prompt[:, 8:], state)
+
+    def answer(question):
+        return model.generate(question, 8, state=state)
+
+    questions = [random_tokens(1, 3) for _ in range(4)]
+    expected = [answer(question) for question in questions]
+    for _ in range(3):
+        answers = list(threads_that_take_turns.map(answer, questions))
+        for got, want in zip(answers, expected, strict=True):
+            assert torch.equal(got, want)
+
+
+MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("backbone", ["gated", "transformer"])
+@pytest.mark.parametrize("first", MODES)
+@pytest.mark.parametrize("second", MODES)
+def test_grad_modes_may_change_between_calls(first, second, backbone):
+    model = small_model(backbone)
+    tokens = random_tokens(1, 30)
+    whole = model(tokens)[0].detach()
+    continuation = model.generate(tokens, 6)
+    for lengths in ((4, 4), (5, 1), (12, 9), (13, 2)):
+        cut, end = lengths[0], sum(lengths)
+        with MODES[first]():
+            _, early = model(tokens[:, : cut - 1])
+            _, state = model(tokens[:, cut - 1 : cut], early)
+        with MODES[second]():
+            logits, state = model(tokens[:, cut:end], state)
+        assert_close(logits, whole[:, cut:end], rtol=0, atol=1e-9)
+        logits, after = model(tokens[:, end:29], state)
+        assert_close(logits, whole[:, end:29], rtol=0, atol=1e-9)
+        generated = model.generate(tokens[:, 29:], 6, state=after)
+        assert torch.equal(generated, continuation[:, 29:])
+
+
+def test_a_state_fits_any_top_k():
+    model = small_model()
+    tokens = random_tokens(1, 30)
+    three, _ = model(tokens)
+    one, _ = model(tokens, top_k=1)
+    many, _ = model(tokens, top_k=50)
+    assert not torch.allclose(three, one)
+    assert not torch.allclose(three, many)
+
+    changed = small_model(top_k=1)
+    changed.load_state_dict(model.state_dict())
+    assert torch.equal(changed(tokens)[0], one)
+    _, state = model(tokens[:, :13], top_k=1)
+    assert_close(changed(tokens[:, 13:], state)[0], one[:, 13:], rtol=0, atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------
+# The causality law: changing token t changes nothing before t
+
+
+@pytest.mark.parametrize("case", LAWFUL)
+def test_causality_law(case, few_chunks_make_lists):
+    model = small_model(**LAWFUL[case])
+    tokens = random_tokens(1, 19)
+    logits, _ = model(tokens)
+    traces = model.inspect(tokens)
+    for t in range(19):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % 11
+        new_logits, _ = model(changed)
+        new_traces = model.inspect(changed)
+        assert torch.equal(new_logits[:, :t], logits[:, :t])
+        assert not torch.equal(new_logits[:, t], logits[:, t])
+        for old, new in zip(traces, new_traces, strict=True):
+            for name in ("index", "score", "alpha"):
+                assert torch.equal(new[name][:, :t], old[name][:, :t])
+
+
+# --------------------------------------------------------------------------------------------------
+# What the branch is
+
+
+def test_alpha_zero_is_the_backbone():
+    model = small_model()
+    backbone = small_model(retrieval=False)
+    backbone.load_state_dict(model.state_dict(), strict=False)
+    tokens = random_tokens(2, 30)
+    for branch in branches(model):
+        nn.init.zeros_(branch.alpha_proj.weight)
+        nn.init.constant_(branch.alpha_proj.bias, -1e4)
+    assert torch.equal(model(tokens)[0], backbone(tokens)[0])
+    nn.init.zeros_(branches(model)[0].alpha_proj.bias)
+    assert not torch.allclose(model(tokens)[0], backbone(tokens)[0])
+
+
+def test_zero_init_is_the_backbone_until_it_is_trained():
+    branch = Retrieval(16, zero_init=True).double()
+    inputs = branch_inputs()
+    output, _ = branch(*inputs)
+    assert torch.equal(output, inputs.y)
+    output.square().sum().backward()
+    assert branch.gate is not None and branch.gate.grad is not None
+    assert branch.gate.grad.abs() > 1e-8
+
+
+def test_with_all_chunks_it_is_dense_attention():
+    """top_k >= M: one softmax over all visible tokens, here with the (L, M·U) matrix written out."""
+    U, H, M = 4, 2, 5
+    branch = Retrieval(16, n_head=H, chunk_size=U, d_search=8).double()
+    z, u, y = branch_inputs(L=22)
+    B, L, D = z.shape
+    output, memory = branch(z, u, y, top_k=M + 2)
+
+    # keys and values of all tokens in finished chunks
+    before = torch.cat([torch.zeros(B, 1, D, dtype=DOUBLE), u], dim=1)[:, : M * U]
+    k = branch.k_proj(before).view(B, M * U, H, -1)
+    v = branch.v_proj(z[:, : M * U]).view(B, M * U, H, -1)
+
+    # how probable each chunk is, for the queries that see one
+    yu = torch.cat([y, u], dim=-1)[:, U:]  # (B, L-U, 2D)
+    ends = (torch.arange(M) + 1) * U
+    visible = ends <= torch.arange(U, L)[:, None]  # (L-U, M)
+    search_q = branch.logit_scale.exp() * F.normalize(branch.search_q_proj(yu), dim=-1)
+    score = search_q @ memory.c.tensor.mT
+    log_p = score.masked_fill(~visible, -INF).log_softmax(-1)  # (B, L-U, M)
+
+    q = branch.q_proj(yu).view(B, L - U, H, -1)
+    logits = torch.einsum("blhe,bnhe->bhln", q, k) / math.sqrt(D / H)
+    w = (logits + log_p.repeat_interleave(U, dim=-1).unsqueeze(1)).softmax(-1)
+    r = branch.o_proj(torch.einsum("bhln,bnhe->blhe", w, v).flatten(2))
+    alpha = torch.sigmoid(branch.alpha_proj(yu))
+    assert_close(output[:, U:], (1 - alpha) * y[:, U:] + alpha * r)
+    assert torch.equal(output[:, :U], y[:, :U])  # exactly, where no chunk is finished
+
+
+@pytest.mark.parametrize("search", ["exact", "ivf"])
+def test_the_search_learns_from_the_loss(search, few_chunks_make_lists):
+    model = small_model(search=search, nlist=3, nprobe=2)
+    next_token_loss(model, random_tokens(2, 60)).backward()
+    for branch in branches(model):
+        of_search = [
+            *branch.search_q_proj.parameters(),
+            *branch.chunk_encoder.parameters(),
+            branch.logit_scale,
+        ]
+        for parameter in of_search:
+            assert parameter.grad is not None
+            assert parameter.grad.abs().max() > 1e-8
+
+
+def test_the_loss_reaches_every_parameter_also_from_a_row_shorter_than_a_chunk():
+    """Parameters without a gradient would make other processes wait in data-parallel training."""
+    for length in (3, 30):
+        model = small_model()
+        next_token_loss(model, random_tokens(1, length)).backward()
+        for name, parameter in parameters(model).items():
+            assert parameter.grad is not None, name
+            if length == 30:
+                assert parameter.grad.abs().max() > 0, name
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory and time
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def largest_tensor(call):
+    with Largest() as largest:
+        call()
+    return largest.numel
+
+
+def test_memory_grows_with_length_and_not_with_its_square():
+    model = small_model(n_layer=1, top_k=2).float()
+
+    def train_on(length):
+        model(random_tokens(1, length))[0].sum().backward()
+
+    at_4096 = largest_tensor(lambda: train_on(4096))
+    at_8192 = largest_tensor(lambda: train_on(8192))
+    scores_at_once = 2**22  # in a block of search_parallel
+    assert at_8192 <= max(scores_at_once, 2.1 * at_4096) < 8192 * 8192 // 4
+
+
+def numbers_saved_by_attend(L, M, K=8, U=4, H=4, E=16):
+    """-> what is kept for the backward pass, in all, and in the largest tensor."""
+    q = torch.randn(1, L, H, E, requires_grad=True)
+    k = torch.randn(1, M, U, H, E, requires_grad=True)
+    v = torch.randn(1, M, U, H, E, requires_grad=True)
+    score = torch.randn(1, L, K, requires_grad=True)
+    index = torch.randint(0, M, (1, L, K))
+    sizes = []
+
+    def note_size(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note_size, lambda x: x):
+        attend_parallel(q, k, v, score, index).sum().backward()
+    return sum(sizes), max(sizes)
+
+
+def test_attend_keeps_no_copies_of_keys_for_the_backward_pass():
+    copies = 1024 * 8 * 4 * 4 * 16  # L·K·U·H·E
+    in_all, largest = numbers_saved_by_attend(L=1024, M=256)
+    assert largest < copies / 8
+    assert 2.1 * in_all < 2.1 * copies / 4
+    doubled, _ = numbers_saved_by_attend(L=2048, M=512)
+    assert doubled <= 2.1 * in_all
+
+
+def test_a_top_k_far_above_the_number_of_chunks_costs_no_more_than_all_chunks():
+    model = small_model().float()
+    tokens = random_tokens(1, 60)  # 15 chunks
+
+    def train_with(top_k):
+        model(tokens, top_k=top_k)[0].sum().backward()
+
+    all_chunks = largest_tensor(lambda: train_with(15))
+    assert largest_tensor(lambda: train_with(10_000)) <= max(2 * all_chunks, 60 * 10_000)
+    got, _ = model(tokens, top_k=10_000)
+    assert_close(got, model(tokens, top_k=15)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Generate
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_generate_is_reading_everything_again(backbone):
+    model = small_model(backbone)
+    prompt = random_tokens(2, 9)
+    slow = prompt
+    for _ in range(12):
+        logits, _ = model(slow)
+        slow = torch.cat([slow, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(prompt, 12), slow)
+    assert torch.equal(model.generate(prompt, 0), prompt)
+    _, state = model(prompt[:, :6])
+    assert torch.equal(model.generate(prompt[:, 6:], 12, state=state), slow[:, 6:])
+    last, _ = model(prompt, last_only=True)
+    assert_close(last, model(prompt)[0][:, -1:], rtol=0, atol=1e-12)
+
+
+def test_a_row_that_has_stopped_goes_on_with_stop():
+    model = small_model()
+    prompt = random_tokens(3, 9)
+    free = model.generate(prompt, 12)
+    for stop in range(11):
+        stopped = model.generate(prompt, 12, stop=stop)
+        expected = []
+        lengths = []
+        for row in free[:, 9:].tolist():
+            n = row.index(stop) + 1 if stop in row else 12
+            lengths.append(n)
+            expected.append(row[:n] + [stop] * (12 - n))
+        longest = max(lengths)  # the result ends when all rows have stopped
+        assert torch.equal(stopped[:, :9], prompt)
+        assert torch.equal(stopped[:, 9:], torch.tensor(expected)[:, :longest])
+
+
+def test_generate_draws_from_the_softmax():
+    model = small_model()
+    prompt = random_tokens(1, 9)
+
+    def draw(tokens, n, temperature):
+        generator = torch.Generator().manual_seed(5)
+        return model.generate(tokens, n, temperature, generator)
+
+    assert torch.equal(draw(prompt, 20, 1.0), draw(prompt, 20, 1.0))
+    assert not torch.equal(draw(prompt, 20, 1.0), model.generate(prompt, 20))
+    drawn = draw(prompt.expand(20_000, -1), 1, 0.5)[:, -1]
+    frequency = drawn.bincount(minlength=11).double() / 20_000
+    logits, _ = model(prompt)
+    assert_close(frequency, (logits[0, -1] / 0.5).softmax(-1), rtol=0, atol=0.02)
+
+
+# --------------------------------------------------------------------------------------------------
+# Inspect
+
+
+def test_inspect_shows_one_search_per_layer_with_retrieval():
+    model = small_model(n_layer=3, retrieval=[0, 2])
+    tokens = random_tokens(2, 21)
+    traces = model.inspect(tokens)
+    assert len(traces) == 2
+    for trace in traces:
+        widths = {name: x.shape for name, x in trace.items()}
+        assert widths == {"index": (2, 21, 3), "score": (2, 21, 3), "alpha": (2, 21, 1)}
+        assert torch.equal(trace["index"] < 0, trace["score"] == -INF)
+        assert (trace["score"][..., :-1] >= trace["score"][..., 1:]).all()
+        sees_a_chunk = torch.arange(21) >= 4
+        assert torch.equal((trace["alpha"] > 0)[..., 0], sees_a_chunk.expand(2, 21))
+    assert not torch.equal(traces[0]["score"], traces[1]["score"])
+    assert model.inspect(tokens, top_k=5)[0]["index"].shape == (2, 21, 5)
+
+
+def test_inspect_leaves_nothing_on_the_model():
+    model = small_model()
+    size = len(pickle.dumps(model))
+    model.inspect(random_tokens(2, 50))
+    assert len(pickle.dumps(model)) == size
+
+
+def test_inspect_is_not_disturbed_by_another_call():
+    model = small_model()
+    tokens = random_tokens(2, 20)
+    expected = model.inspect(tokens)
+    others = [random_tokens(2, 20), random_tokens(2, 20)]
+
+    def call_in_between(*_):
+        if others:
+            model(others.pop())
+
+    handle = model.layers[1].register_forward_pre_hook(call_in_between)
+    traces = model.inspect(tokens)
+    handle.remove()
+    assert not others  # both were made
+    for got, want in zip(traces, expected, strict=True):
+        for name in ("index", "score", "alpha"):
+            assert torch.equal(got[name], want[name])
+
+
+def test_inspect_in_four_threads(threads_that_take_turns):
+    model = small_model()
+    texts = [random_tokens(2, 20) for _ in range(4)]
+    expected = [model.inspect(text) for text in texts]
+    traces = threads_that_take_turns.map(model.inspect, texts)
+    for got, want in zip(traces, expected, strict=True):
+        assert_close(got, want)
+
+
+# --------------------------------------------------------------------------------------------------
+# States as values
+
+
+def tensors_of(state):
+    """Every tensor in a state."""
+    found = []
+
+    def note(x):
+        found.append(x)
+        return x
+
+    state.map(note)
+    return found
+
+
+STATES = {
+    "gated": {},
+    "ssm": {"backbone": "ssm"},
+    "transformer": {"backbone": "transformer"},
+    "ivf": {"search": "ivf", "nlist": 2, "nprobe": 1},
+    "gru": {"backbone": gru},
+    "lstm": {"backbone": lstm},
+    "nested": {"backbone": Nested},
+    "last layer only": {"retrieval": [1]},
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_rows_of_a_state_can_be_selected(case, few_chunks_make_lists):
+    model = small_model(**STATES[case])
+    tokens = random_tokens(3, 30)
+    whole, _ = model(tokens)
+    _, state = model(tokens[:, :18])
+    for rows in (torch.tensor([2, 0, 2, 1]), torch.tensor([1])):
+        selected = state.select(rows)
+        logits, _ = model(tokens[rows, 18:], selected)
+        assert_close(logits, whole[rows, 18:], rtol=0, atol=1e-9)
+    logits, _ = model(tokens[:, 18:], state)
+    assert_close(logits, whole[:, 18:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_detached_state_goes_on_without_the_graph(case, few_chunks_make_lists):
+    model = small_model(**STATES[case])
+    tokens = random_tokens(2, 41)
+    whole, _ = model(tokens)
+    _, state = model(tokens[:, :29])
+    through, _ = model(tokens[:, 29:], state)
+    cut, _ = model(tokens[:, 29:], state.detach())
+    assert_close(cut, whole[:, 29:], rtol=0, atol=1e-9)
+    assert not any(x.requires_grad for x in tensors_of(state.detach()))
+    weight = {"embedding": model.embedding.weight}
+    cut_gradient = gradients(cut, weight)["dembedding"]
+    assert not torch.allclose(cut_gradient, gradients(through, weight)["dembedding"])
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_moves_to_another_device_whole(case, few_chunks_make_lists):
+    model = small_model(**STATES[case])
+    tokens = random_tokens(2, 25)
+    _, state = model(tokens[:, :20])
+    moved = state.to("meta")
+    assert {x.device.type for x in tensors_of(moved)} == {"meta"}
+    assert {x.device.type for x in tensors_of(state)} == {"cpu"}
+    there_and_here, _ = model(tokens[:, 20:], state.to("cpu"))
+    assert torch.equal(there_and_here, model(tokens[:, 20:], state)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["gated", "transformer", "ivf"])
+def test_a_detached_state_keeps_its_room_to_grow(case, few_chunks_make_lists):
+    """At each token of a long text a lost buffer would cost a copy of all of it."""
+    model = small_model(**STATES[case])
+    tokens = random_tokens(1, 40)
+    _, state = model(tokens[:, :20])
+    _, state = model(tokens[:, 20:24], state)  # made room
+    _, after = model(tokens[:, 24:28], state.detach())
+    for before, now in zip(state.layers, after.layers, strict=True):
+        assert now.memory is not None and before.memory is not None
+        assert now.memory.c.tensor.data_ptr() == before.memory.c.tensor.data_ptr()
+        assert now.memory.k.tensor.data_ptr() == before.memory.k.tensor.data_ptr()
+        assert now.memory.v.tensor.data_ptr() == before.memory.v.tensor.data_ptr()
+        if case == "transformer":
+            keys = now.recurrent[0].tensor
+            assert keys.data_ptr() == before.recurrent[0].tensor.data_ptr()
+
+
+def test_a_graph_survives_what_is_written_behind_its_memory():
+    model = small_model()
+    tokens = random_tokens(1, 24)
+    with torch.no_grad():
+        _, state = model(tokens[:, :8])
+        _, state = model(tokens[:, 8:12], state)
+    logits, _ = model(tokens[:, 12:15], state)
+    with torch.no_grad():
+        model(tokens[:, 12:], state)
+    embedding = {"embedding": model.embedding.weight}
+    expected, _ = model(tokens[:, 12:15], deepcopy(state))
+    assert_close(gradients(logits, embedding), gradients(expected, embedding))
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_is_saved_read_safely_and_copied(case, few_chunks_make_lists, tmp_path, monkeypatch):
+    fields = dict(STATES[case])
+    if callable(fields.get("backbone")):  # only names can be saved
+        monkeypatch.setitem(BACKBONES, case, fields["backbone"])
+        fields["backbone"] = case
+    model = small_model(**fields)
+    tokens = random_tokens(2, 30)
+    with torch.no_grad():
+        _, state = model(tokens[:, :10])
+        _, state = model(tokens[:, 10:18], state)
+        expected, _ = model(tokens[:, 18:], state)
+        torch.save(state, tmp_path / "state.pt")
+        loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+        copied = deepcopy(state)
+        for other in (loaded, copied):
+            assert other.config == model.config
+            got, _ = model(tokens[:, 18:], other)
+            assert torch.equal(got, expected)
+            model(random_tokens(2, 12), other)
+            assert torch.equal(model(tokens[:, 18:], state)[0], expected)
+
+
+def test_a_model_can_be_copied_and_pickled():
+    model = small_model()
+    tokens = random_tokens(2, 20)
+    expected, _ = model(tokens)
+    for other in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(tokens)[0], expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# Other dtypes, devices and ways to differentiate
+
+
+@pytest.mark.parametrize("backbone", ["gated", "ssm", gru])
+def test_mixed_precision_is_near_and_may_change_between_calls(backbone):
+    model = small_model(backbone).float()
+    tokens = random_tokens(2, 40)
+    exact, _ = model(tokens)
+    weights = parameters(model)
+
+    def flat_gradient(logits):
+        grads = torch.autograd.grad(logits.square().mean(), list(weights.values()))
+        return torch.cat([x.flatten() for x in grads])
+
+    exact_gradient = flat_gradient(exact)
+    for first, second in ((True, True), (True, False), (False, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=first):
+            head, state = model(tokens[:, :21])
+        with torch.autocast("cpu", torch.bfloat16, enabled=second):
+            tail, _ = model(tokens[:, 21:], state)
+        logits = torch.cat([head, tail], dim=1).float()
+        assert logits.isfinite().all()
+        assert (logits - exact).abs().mean() < 0.02 * exact.abs().mean()
+        similarity = F.cosine_similarity(flat_gradient(logits), exact_gradient, dim=0)
+        assert similarity > 0.95
+    assert model.bfloat16()(tokens)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backbone", ["gated", "ssm", "transformer"])
+def test_shapes_can_be_computed_without_numbers(backbone):
+    """On the meta device, and with fake tensors, as tools that plan memory do."""
+    model = small_model(backbone).to("meta")
+    tokens = torch.zeros(2, 9, dtype=torch.int64, device="meta")
+    logits, state = model(tokens)
+    logits, _ = model(tokens, state)
+    assert logits.shape == (2, 9, 11) and logits.device.type == "meta"
+    logits.sum().backward()
+    with FakeTensorMode():
+        model = small_model(backbone)
+        tokens = torch.zeros(2, 9, dtype=torch.int64)
+        logits, state = model(tokens)
+        logits, _ = model(tokens, state)
+        assert logits.shape == (2, 9, 11)
+        logits.sum().backward()
+        assert model.generate(tokens, 3).shape == (2, 12)
+
+
+def test_torch_func_differentiates_the_model():
+    model = small_model()
+    tokens = random_tokens(2, 20)
+    weights = parameters(model)
+
+    def loss(weights):
+        logits, _ = torch.func.functional_call(model, weights, (tokens,))
+        return logits.square().mean()
+
+    of_func = torch.func.grad(loss)(weights)
+    grads = torch.autograd.grad(loss(weights), list(weights.values()))
+    assert_close(of_func, dict(zip(weights, grads, strict=True)))
+
+
+def test_second_derivatives_are_for_the_loops_alone(monkeypatch):
+    branch = Retrieval(4, n_head=2, top_k=2, d_search=3).double()
+    inputs = branch_inputs(B=1, L=10, D=4)
+
+    def retrieve(z, u, y):
+        return branch(z, u, y)[0]
+
+    def differentiate_twice(function, x):
+        (gradient,) = torch.autograd.grad(function().square().sum(), x, create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), x)
+
+    monkeypatch.setattr(resona, "BACKEND", "torch")
+    scan = scan_inputs(B=1, L=5, D=2)
+    for function, x in (
+        (lambda: resona.scan(*scan), scan.a),
+        (lambda: retrieve(*inputs), inputs.z),
+    ):
+        one_line(ValueError, lambda: differentiate_twice(function, x), "second", "naive")  # noqa: B023
+    monkeypatch.setattr(resona, "BACKEND", "naive")
+    assert gradgradcheck(resona.scan, tuple(scan))
+    assert gradgradcheck(retrieve, tuple(inputs))
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_save_and_load_give_the_same_model(tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    tokens = random_tokens(1, 20)
+    for dtype in (torch.float32, torch.bfloat16, DOUBLE):
+        model = small_model(retrieval=[1]).to(dtype)
+        model.save(path)
+        loaded = Resona.load(path)
+        assert loaded.config == model.config
+        assert loaded.lm_head.weight.dtype == dtype
+        assert loaded.lm_head.weight.requires_grad
+        assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+
+    changed = Resona.load(path, "cpu", top_k=1, search="ivf")
+    assert changed.config.top_k == 1
+    assert changed.config.search == "ivf"
+    assert torch.equal(changed(tokens)[0], model(tokens, top_k=1)[0])  # too few chunks for lists
+
+    monkeypatch.setitem(BACKBONES, "gru", gru)  # a backbone of one's own, by name
+    small_model("gru").save(path)
+    assert isinstance(Resona.load(path).layers[0].backbone, nn.GRU)
+    monkeypatch.delitem(BACKBONES, "gru")
+    one_line(ValueError, lambda: Resona.load(path), "m.pt", "'gru'", "gated")
+
+
+class Malicious:
+    """Unpickling it would make a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("run_by_pickle"),)
+
+
+def half_of_a_file(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def weights_of_another_version(path):
+    saved = torch.load(path, weights_only=True)
+    saved["weights"]["old_name"] = saved["weights"].pop("lm_head.weight")
+    torch.save(saved, path)
+
+
+DAMAGES = {
+    "half": half_of_a_file,
+    "text": lambda path: path.write_text("hello"),
+    "empty": lambda path: path.write_bytes(b""),
+    "foreign": lambda path: torch.save({"weights": 1}, path),
+    "another version": weights_of_another_version,
+    "list": lambda path: torch.save([1, 2], path),
+    "pickle": lambda path: path.write_bytes(pickle.dumps(Malicious(), 2)),
+    "evil": lambda path: torch.save({"config": Malicious(), "weights": {}}, path),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_load_refuses_what_save_did_not_write(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_model().save("m.pt")
+    DAMAGES[damage](Path("m.pt"))
+    one_line(ValueError, lambda: Resona.load("m.pt"), "m.pt", "cannot be read")
+    assert not Path("run_by_pickle").exists()
+
+
+def test_files_that_cannot_be_used_are_refused(tmp_path):
+    path = tmp_path / "m.pt"
+    one_line(ValueError, lambda: Resona.load(tmp_path), str(tmp_path), "cannot be read")
+    one_line(ValueError, lambda: small_model(gru).save(path), "callable backbone")
+    assert not path.exists()
+    small_model().save(path)
+    one_line(ValueError, lambda: Resona.load(path, top_k=0), "m.pt", "top_k")
+    one_line(ValueError, lambda: Resona.load(path, d_model=32), "m.pt", "size mismatch")
+    one_line(ValueError, lambda: Resona.load(path, colour=3), "m.pt", "colour")
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes are refused in one line that names them
+
+NOT_SIZES = (0, -1, 2.0, True, None, "4")
+BAD_FIELDS = {
+    "vocab_size": NOT_SIZES,
+    "d_model": NOT_SIZES,
+    "n_layer": NOT_SIZES,
+    "n_head": (*NOT_SIZES, 3, 128),
+    "chunk_size": NOT_SIZES,
+    "top_k": NOT_SIZES,
+    "d_search": (*NOT_SIZES, 1),
+    "d_conv": NOT_SIZES,
+    "d_ff": NOT_SIZES,
+    "nlist": NOT_SIZES,
+    "nprobe": NOT_SIZES,
+    "retrieval": ([2], [-1], ["a"], [True], [0.0], "yes", 3, None),
+    "backbone": ("lstm", [], None),
+    "search": ("fast", [], None),
+}
+CHOICES = {
+    "retrieval": ["0..1"],
+    "backbone": ["gated", "ssm"],
+    "search": ["exact", "ivf"],
+}
+
+
+@pytest.mark.parametrize("field", BAD_FIELDS)
+def test_a_bad_config_is_refused(field):
+    for value in BAD_FIELDS[field]:
+        fields = {"vocab_size": 5, field: value}
+        words = [field, repr(value), *CHOICES.get(field, [])]
+        one_line(ValueError, lambda: ResonaConfig(**fields), *words)  # noqa: B023
+    with pytest.raises(FrozenInstanceError):
+        setattr(ResonaConfig(5), field, 1)
+
+
+@pytest.mark.parametrize("field", ["d_model", "n_head", "chunk_size", "top_k", "d_search"])
+def test_a_bad_branch_is_refused(field):
+    for value in BAD_FIELDS[field]:
+        sizes = {"d_model": 16, "n_head": 2, field: value}
+        one_line(ValueError, lambda: Retrieval(**sizes), field, repr(value))  # noqa: B023
+
+
+TOKENS = torch.zeros(2, 3, dtype=torch.int64)
+BAD_TOKENS = {
+    "too large": (TOKENS + 11, ["0..10", "11"]),
+    "negative": (TOKENS - 1, ["0..10", "-1"]),
+    "float": (TOKENS.float(), ["int64", "float32"]),
+    "int32": (TOKENS.int(), ["int64", "int32"]),
+    "no batch": (TOKENS[0], ["(B, L)", "[3]"]),
+    "no tokens": (TOKENS[:, :0], ["[2, 0]"]),
+    "no rows": (TOKENS[:0], ["[0, 3]"]),
+    "a list": ([[1, 2]], ["list"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENS)
+def test_bad_tokens_are_refused(case):
+    tokens, words = BAD_TOKENS[case]
+    model = small_model()
+    one_line(ValueError, lambda: model(tokens), "tokens", *words)
+    one_line(ValueError, lambda: model.inspect(tokens), "tokens", *words)
+    one_line(ValueError, lambda: model.generate(tokens, 1), "tokens", *words)
+
+
+def test_bad_calls_are_refused():
+    model = small_model()
+    for top_k in (0, -3, 1.5, "4", True):
+        one_line(ValueError, lambda: model(TOKENS, top_k=top_k), "top_k", repr(top_k))  # noqa: B023
+    for n in (-1, 1.0, None):
+        call = lambda: model.generate(TOKENS, n)  # noqa: B023, E731
+        one_line(ValueError, call, "max_new_tokens", repr(n))
+    for temperature in (-0.5, math.nan, INF):
+        call = lambda: model.generate(TOKENS, 1, temperature)  # noqa: B023, E731
+        one_line(ValueError, call, "temperature", repr(temperature))
+    doubles_the_width = small_model(lambda d: nn.GRU(d, 2 * d, batch_first=True))
+    one_line(ValueError, lambda: doubles_the_width(TOKENS), "[2, 3, 16]", "[2, 3, 32]")
+    z, u, y = branch_inputs(L=5)
+    one_line(ValueError, lambda: Retrieval(16)(z, u, y[:, :4]), "[2, 5, 16]", "[2, 4, 16]")
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    model = small_model()
+    _, state = model(TOKENS)
+
+    def refused(model, tokens, state, *words):
+        one_line(ValueError, lambda: model(tokens, state), "state", *words)
+
+    refused(model, TOKENS[:1], state, "batch", "2", "1")
+    refused(model, TOKENS, state.layers, "list")
+    refused(model.float(), TOKENS, state, "float64", "float32")
+    refused(small_model(chunk_size=2), TOKENS, state, "chunk_size", "4", "2")
+    refused(small_model("ssm"), TOKENS, state, "backbone", "'gated'", "'ssm'")
+    refused(small_model(search="ivf"), TOKENS, state, "search", "'exact'", "'ivf'")
+
+
+@pytest.mark.parametrize("scan", [scan_naive, scan_parallel, resona.scan])
+def test_bad_scans_are_refused(scan):
+    x = torch.zeros(2, 3, 4)
+    one_line(ValueError, lambda: scan(x, x[:, :2]), "[2, 3, 4]", "[2, 2, 4]")
+    one_line(ValueError, lambda: scan(x[0], x[0]), "(B, L, D)", "[3, 4]")
+    one_line(ValueError, lambda: scan(x[:, :0], x[:, :0]), "L >= 1", "[2, 0, 4]")
+    one_line(ValueError, lambda: scan(x, x, x[:, 0, :3]), "h0", "(B, D)", "[2, 3]")
+    one_line(ValueError, lambda: scan(x.long(), x.long()), "int64")
+
+
+@pytest.mark.parametrize("search", [search_naive, search_parallel, resona.search])
+def test_bad_searches_are_refused(search):
+    x = torch.zeros(2, 3, 4)
+    one_line(ValueError, lambda: search(x, x[..., :2], 1, 1), "[2, 3, 4]", "[2, 3, 2]")
+    one_line(ValueError, lambda: search(x, x[:1], 1, 1), "[2, 3, 4]", "[1, 3, 4]")
+    one_line(ValueError, lambda: search(x[0], x, 1, 1), "[3, 4]")
+    one_line(ValueError, lambda: search(x.long(), x.long(), 1, 1), "int64")
+    for bad in (0, -1, 1.5):
+        one_line(ValueError, lambda: search(x, x, bad, 1), "top_k", repr(bad))  # noqa: B023
+        one_line(ValueError, lambda: search(x, x, 1, bad), "chunk_size", repr(bad))  # noqa: B023
+    one_line(ValueError, lambda: search(x, x, 1, 1, -1), "offset", "-1")
+
+
+def test_an_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setattr(resona, "BACKEND", "fast")
+    x = torch.zeros(2, 3, 4)
+    one_line(ValueError, lambda: resona.scan(x, x), "BACKEND", "'fast'", "naive")
+    one_line(ValueError, lambda: resona.search(x, x, 1, 1), "BACKEND", "'fast'", "naive")
+    one_line(ValueError, lambda: small_model()(TOKENS), "BACKEND", "'fast'", "naive")
+
+
+# ==================================================================================================
+# Part three: fast equals slow
 
 
 @pytest.mark.parametrize("backbone", ["gated", "ssm"])
-def test_part_one_is_the_same_model(part_one, backbone):
-    assert not hasattr(part_one, "scan_parallel") and not hasattr(part_one, "kernels")
+def test_the_loops_alone_are_the_same_model(backbone, monkeypatch):
     model = small_model(backbone)
-    alone = part_one.Resona(part_one.ResonaConfig(11, backbone=backbone, **SIZES)).double()
-    alone.load_state_dict(model.state_dict())
     tokens = random_tokens(2, 23)
-    assert_close(alone(tokens)[0], model(tokens)[0], rtol=0, atol=1e-10)
-    assert torch.equal(alone.generate(tokens, 8), model.generate(tokens, 8))
-    head, state = alone(tokens[:, :9])
-    assert_close(alone(tokens[:, 9:], state)[0], model(tokens)[0][:, 9:], rtol=0, atol=1e-10)
+
+    def run(backend):
+        monkeypatch.setattr(resona, "BACKEND", backend)
+        logits, _ = model(tokens)
+        generated = model.generate(tokens, 8)
+        return logits, generated, gradients(logits, parameters(model))
+
+    logits, generated, grads = run("torch")
+    naive_logits, naive_generated, naive_grads = run("naive")
+    assert_close(logits, naive_logits, rtol=0, atol=1e-10)
+    assert_close(grads, naive_grads, rtol=1e-7, atol=1e-9)
+    assert torch.equal(generated, naive_generated)
 
 
-def test_part_one_trains(part_one):
-    model, tokens = part_one.Resona(part_one.ResonaConfig(11, **SIZES)), random_tokens(2, 24)
-    optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
-    for _ in range(15):
-        losses.append(F.cross_entropy(model(tokens)[0][:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+def train(model, tokens, steps):
+    """-> the losses of a few steps."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = next_token_loss(model, tokens)
+        losses.append(loss.item())
         optimizer.zero_grad()
-        losses[-1].backward()
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+        loss.backward()
         optimizer.step()
-    assert losses[-1] < 0.8 * losses[0]
+    return losses
 
 
-# ---------------------------------------------------------------------------------------- resona.py: scan
-def scan_inputs(B, L, D, dtype=DOUBLE, low=-1.0):
-    a, b, h0 = torch.empty(B, L, D).uniform_(low, 1), torch.randn(B, L, D), torch.randn(B, D)
-    return [x.to(dtype).requires_grad_() for x in (a, b, h0)]
+def test_the_loops_alone_train_the_same_model(monkeypatch):
+    model = small_model()
+    copied = deepcopy(model)
+    tokens = random_tokens(2, 16)
+    losses = train(model, tokens, steps=10)
+    monkeypatch.setattr(resona, "BACKEND", "naive")
+    naive_losses = train(copied, tokens, steps=10)
+    assert naive_losses[-1] < 0.9 * naive_losses[0]
+    assert losses == pytest.approx(naive_losses, rel=1e-6)
 
 
-def test_scan_naive_is_the_sum_written_out():
-    a, b, h0 = scan_inputs(2, 5, 3)
-    h = scan_naive(a, b, h0)
-    for t in range(5):
-        want = a[:, :t + 1].prod(1) * h0 + sum(a[:, s + 1:t + 1].prod(1) * b[:, s] for s in range(t + 1))
-        assert_close(h[:, t], want)
+@pytest.mark.parametrize("neighbour", ["nothing", "another package called kernels"])
+def test_resona_py_works_alone_in_a_folder(neighbour, tmp_path):
+    shutil.copy(HERE / "resona.py", tmp_path)
+    if neighbour != "nothing":
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("answer = 42\n")
+    program = """if True:
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        import resona
+        model = resona.Resona(resona.ResonaConfig(5))
+        tokens = torch.zeros(1, 9, dtype=torch.long)
+        model(tokens)[0].sum().backward()
+        assert model.generate(tokens, 2).shape == (1, 11)
+        with FakeTensorMode():  # a tensor on a GPU that need not be there
+            x = torch.empty(1, 5, 2, device="cuda")
+            assert not resona.use_triton("can_scan", x)
+            assert not resona.use_triton("can_search", x, 4)
+    """
+    done = python("-c", program, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# The scan
 
 
 @pytest.mark.parametrize("with_h0", [False, True])
-def test_scan_parallel_matches_naive(with_h0):
+def test_scan_parallel_is_scan_naive_at_every_length(with_h0):
     for L in range(1, 101):
-        a, b, h0 = scan_inputs(2, L, 2)
-        inputs = (a, b, h0) if with_h0 else (a, b)
-        naive, parallel = scan_naive(*inputs), scan_parallel(*inputs)
+        inputs = scan_inputs(L=L, D=2)._asdict()
+        if not with_h0:
+            del inputs["h0"]
+        naive = scan_naive(**inputs)
+        parallel = scan_parallel(**inputs)
         assert_close(parallel, naive, rtol=1e-12, atol=1e-12)
-        assert_close(gradients(parallel, inputs), gradients(naive, inputs), rtol=1e-11, atol=1e-11)
+        expected = gradients(naive, inputs)
+        assert_close(gradients(parallel, inputs), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1 - 1e-7, 1e-30])
-def test_scan_parallel_matches_naive_at_extreme_decay(value):
-    a, b, h0 = scan_inputs(1, 2000, 2, torch.float32)
-    a = torch.full_like(a, value).requires_grad_()
-    exact = [x.detach().double().requires_grad_() for x in (a, b, h0)]
-    want, h = scan_naive(*exact), scan_parallel(a, b, h0)
-    for got, expected in [(h, want), *zip(gradients(h.double(), (a, b, h0)), gradients(want, exact))]:
-        assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+def test_scan_parallel_is_scan_naive_at_extreme_decay(value):
+    inputs = scan_inputs(B=1, L=2000, D=2, dtype=torch.float32)
+    inputs = inputs._replace(a=torch.full_like(inputs.a, value).requires_grad_())
+    exact_inputs = ScanInputs(*[x.detach().double().requires_grad_() for x in inputs])
+    h = scan_parallel(*inputs).double()
+    exact = scan_naive(*exact_inputs)
+    got = {"h": h, **gradients(h, inputs)}
+    expected = {"h": exact, **gradients(exact, exact_inputs)}
+    for name in expected:
+        error = (got[name].double() - expected[name]).abs().max()
+        assert error <= 1e-5 * expected[name].abs().max(), name
 
 
-def test_scan_parallel_matches_naive_on_strided_inputs():
-    x, _, _ = scan_inputs(30, 2, 6)
+def test_scan_parallel_is_scan_naive_on_strided_inputs():
+    x = scan_inputs(B=30, L=2, D=6).a
     for strided in (x.transpose(0, 1)[::2, :, ::3], x[:1, :1, :1].expand(2, 9, 3)):
-        fast, slow = scan_parallel(strided, strided), scan_naive(strided, strided)
+        fast = scan_parallel(strided, strided)
+        slow = scan_naive(strided, strided)
         assert_close(fast, slow)
-        assert_close(gradients(fast, x), gradients(slow, x))
+        assert_close(gradients(fast, {"x": x}), gradients(slow, {"x": x}))
 
 
 @pytest.mark.parametrize("scan", [scan_naive, scan_parallel])
 def test_scan_gradcheck(scan):
-    assert gradcheck(scan, scan_inputs(2, 7, 2))
+    assert gradcheck(scan, tuple(scan_inputs(D=2)))
 
 
 @pytest.mark.parametrize("scan", [scan_naive, scan_parallel])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, DOUBLE])
 def test_scan_keeps_the_dtype_and_carries_in_float32(scan, dtype):
-    a, b, h0 = (x.detach() for x in scan_inputs(1, 300, 4, dtype, low=0.9))
-    h = scan(a, b, h0)
+    one_rounding = {
+        torch.float32: 1e-5,
+        torch.bfloat16: 8e-3,
+        torch.float16: 1e-3,
+        DOUBLE: 1e-12,
+    }
+    inputs = scan_inputs(B=1, L=300, D=4, dtype=dtype, low=0.9)
+    h = scan(*inputs)
     assert h.dtype == dtype
-    want = scan_naive(a.double(), b.double(), h0.double()).to(dtype)
-    one_rounding = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3, DOUBLE: 1e-12}[dtype]
-    assert_close(h, want, rtol=one_rounding, atol=one_rounding)
+    exact = scan_naive(*[x.double() for x in inputs]).to(dtype)
+    assert_close(h, exact, rtol=one_rounding[dtype], atol=one_rounding[dtype])
 
 
-# -------------------------------------------------------------------------------------- resona.py: search
-def search_inputs(B, L, M, S, dtype=DOUBLE):
-    return [torch.randn(B, n, S).to(dtype).requires_grad_() for n in (L, M)]
+# --------------------------------------------------------------------------------------------------
+# The search
 
 
-def check_found(found, want, q, c, chunk_size, offset=0):
-    """The scores are those wanted; the chunks have these scores, and may be seen, and none is opened twice.
-    Which of several equal ones is opened, and in which order, is free."""
-    (score, index), wide = found, torch.promote_types(q.dtype, torch.float32)
-    assert score.shape == index.shape == want.shape and index.dtype == torch.int64 and score.dtype == wide
-    near = {"rtol": 1e-5, "atol": 1e-5} if wide == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
-    assert_close(score, want, **near)
-    assert torch.equal(index < 0, want == -math.inf)
-    ended = (offset + torch.arange(q.shape[1])) // chunk_size
-    assert (index < ended[:, None]).all() and (index < c.shape[1]).all()
+def check_found(found, expected, inputs, chunk_size, offset=0):
+    """
+    The scores are the expected ones, and those of the chunks, which are visible and differ.
+
+    Which of several chunks with equal scores is retrieved, and in which order, is free.
+    """
+    q, c = inputs
+    score, index = found
+    wide = torch.promote_types(q.dtype, torch.float32)
+    tolerance = 1e-5 if wide == torch.float32 else 1e-12
+    assert score.shape == index.shape == expected.shape
+    assert score.dtype == wide and index.dtype == torch.int64
+    assert_close(score, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(index < 0, expected == -INF)
+
+    position = offset + torch.arange(q.shape[1])
+    assert ((index + 1) * chunk_size <= position[:, None]).all()
+    assert (index < c.shape[1]).all()
     ordered = index.sort(-1).values
-    assert not ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()
-    if c.shape[1]:
-        scores = (q.to(wide) @ c.to(wide).mT).gather(2, index.clamp(min=0))
-        assert_close(finite(score), scores.masked_fill(index < 0, 0), **near)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    assert not repeated.any()
+    if c.shape[1] > 0:
+        all_scores = q.to(wide) @ c.to(wide).mT
+        theirs = all_scores.gather(2, index.clamp(min=0)).masked_fill(index < 0, 0)
+        assert_close(finite(score), theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_search_naive_on_a_case_done_by_hand():
-    q = torch.tensor([[[1.0]] * 7])
-    c = torch.tensor([[[2.0], [3.0], [1.0]]])  # chunks of 2 tokens end before positions 2, 4 and 6
-    score, index = search_naive(q, c, top_k=2, chunk_size=2)
-    none = -math.inf
-    assert index.tolist() == [[[-1, -1], [-1, -1], [0, -1], [0, -1], [1, 0], [1, 0], [1, 0]]]
-    assert score.tolist() == [[[none, none], [none, none], [2, none], [2, none], [3, 2], [3, 2], [3, 2]]]
-    late = search_naive(q[:, :2], c, top_k=3, chunk_size=2, offset=5)
-    assert late[1].tolist() == [[[1, 0, -1], [1, 0, 2]]]
+SEARCHES = {
+    "usual": SearchCase(),
+    "all sizes one": SearchCase(B=1, L=1, M=1, S=1, top_k=1, chunk_size=1),
+    "no chunks": SearchCase(L=9, M=0, top_k=2, chunk_size=3),
+    "more slots than chunks": SearchCase(B=1, L=5, M=3, top_k=7, chunk_size=2),
+    "late in a text": SearchCase(L=6, M=10, top_k=4, chunk_size=3, offset=27),
+    "no chunk has ended": SearchCase(B=1, L=3, M=2, top_k=2, chunk_size=8, offset=1),
+    "as many slots as chunks": SearchCase(B=3, L=20, M=20, S=2, top_k=20, chunk_size=1),
+    "two blocks of queries": SearchCase(B=1, L=300, M=70, top_k=4, offset=2),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, DOUBLE])
-@pytest.mark.parametrize("B, L, M, S, top_k, chunk_size, offset", [
-    (2, 33, 8, 5, 3, 4, 0), (1, 1, 1, 1, 1, 1, 0), (2, 9, 0, 4, 2, 3, 0), (1, 5, 3, 4, 7, 2, 0),
-    (2, 6, 10, 4, 4, 3, 27), (1, 3, 2, 4, 2, 8, 1), (3, 20, 20, 2, 20, 1, 0), (1, 300, 70, 4, 4, 4, 2)])
-def test_search_parallel_matches_naive(dtype, B, L, M, S, top_k, chunk_size, offset):
-    q, c = search_inputs(B, L, M, S, dtype)
-    found = search_parallel(q, c, top_k, chunk_size, offset)
-    want, index = search_naive(q, c, top_k, chunk_size, offset)
-    check_found((want, index), want, q, c, chunk_size, offset)
-    check_found(found, want, q, c, chunk_size, offset)
+@pytest.mark.parametrize("case", SEARCHES)
+def test_search_parallel_is_search_naive(case, dtype):
+    sizes = SEARCHES[case]
+    inputs = sizes.inputs(dtype)
+    naive = search_naive(*inputs, *sizes.how)
+    parallel = search_parallel(*inputs, *sizes.how)
+    for found in (naive, parallel):
+        check_found(found, naive[0], inputs, sizes.chunk_size, sizes.offset)
     if dtype == DOUBLE:
-        assert torch.equal(found[1], index)  # no two scores are equal
-        if M and (index >= 0).any():
-            assert_close(gradients(finite(found[0]), (q, c)), gradients(finite(want), (q, c)))
+        assert torch.equal(parallel[1], naive[1])  # no two scores are equal
+        if (naive[1] >= 0).any():
+            expected = gradients(finite(naive[0]), inputs)
+            assert_close(gradients(finite(parallel[0]), inputs), expected)
 
 
 @pytest.mark.parametrize("search", [search_naive, search_parallel])
-def test_search_opens_no_chunk_twice_though_scores_are_equal(search):
-    q, c = (torch.randint(-2, 3, (2, 60, 3)).float() for _ in range(2))
+def test_no_chunk_is_retrieved_twice_though_scores_are_equal(search):
+    q = torch.randint(-2, 3, (2, 60, 3)).float()
+    c = torch.randint(-2, 3, (2, 60, 3)).float()
     hidden = torch.arange(60) >= torch.arange(60)[:, None]
-    want = (q @ c.mT).masked_fill(hidden, -math.inf).sort(-1, descending=True).values[..., :5]
-    check_found(search(q, c, 5, 1), want, q, c, 1)
+    scores = (q @ c.mT).masked_fill(hidden, -INF)
+    expected = scores.sort(-1, descending=True).values[..., :5]
+    check_found(search(q, c, 5, 1), expected, (q, c), chunk_size=1)
 
 
-# ----------------------------------------------------------------------- resona.py: attend and the branch
-def attend_inputs(B=2, L=13, H=2, E=3, M=3, U=4, top_k=2):
-    q = torch.randn(B, L, H, E, dtype=DOUBLE, requires_grad=True)
-    k, v = (torch.randn(B, M, U, H, E, dtype=DOUBLE, requires_grad=True) for _ in range(2))
-    query, c = search_inputs(B, L, M, 5)
-    return q, k, v, query, c, (top_k, U)
+@pytest.mark.parametrize("M, k", [(300, 4), (1030, 4), (5000, 9), (70000, 1)])
+def test_top_k_by_groups_is_topk(M, k):
+    """Also of scores left over by the groups, of equal ones, and of rows where few are visible."""
+    score = torch.randn(3, 40, M)
+    score[1] = score[1].round(decimals=1)
+    score[2, :, 5:] = -INF
+    best, index = top_k_by_groups(score, k)
+    assert torch.equal(best, score.topk(k).values)
+    assert torch.equal(best, score.gather(-1, index))
+    for row in index[:2].flatten(0, 1).tolist():
+        assert len(set(row)) == k
 
 
-@pytest.mark.parametrize("sizes", [
-    {}, {"L": 1}, {"M": 1, "top_k": 3}, {"U": 1}, {"B": 1, "H": 1}, {"M": 0}, {"top_k": 9}, {"L": 40, "M": 9},
-    {"B": 1, "M": 2, "H": 64, "E": 1024}])  # the last in several blocks of queries
-def test_attend_parallel_matches_naive(sizes):
-    q, k, v, query, c, how = attend_inputs(**sizes)
-    score, index = search_naive(query, c, *how)
-    naive, parallel = (attend(q, k, v, score, index) for attend in (attend_naive, attend_parallel))
-    with torch.no_grad():  # 64 queries and fewer take another way then
-        ungraded = attend_parallel(q, k, v, score, index)
-    nothing_found = (index < 0).all(-1)[..., None, None].expand_as(q)
-    for fast in (parallel, ungraded):
-        assert_close(fast, naive)
-        assert torch.equal(fast == 0, nothing_found)  # exactly zero there, and only there
-    if (index >= 0).any():
-        inputs = (q, k, v, query, c)
-        assert_close(gradients(parallel, inputs), gradients(naive, inputs))
+# --------------------------------------------------------------------------------------------------
+# Attention, and the branch
 
 
-@pytest.mark.parametrize("search, attend", [(search_naive, attend_naive), (search_parallel, attend_parallel)])
+ATTENDS = {
+    "usual": {},
+    "one query": {"L": 1},
+    "one chunk": {"M": 1},
+    "one token a chunk": {"U": 1},
+    "one text, one head": {"B": 1, "H": 1},
+    "no chunks": {"M": 0},
+    "many chunks": {"L": 40, "M": 9},
+    "several blocks of queries": {"B": 1, "M": 2, "H": 64, "E": 1024},
+}
+
+
+@pytest.mark.parametrize("attend", [attend_parallel, attend_gathered])
+@pytest.mark.parametrize("top_k", [2, 9])
+@pytest.mark.parametrize("case", ATTENDS)
+def test_fast_attention_is_attend_naive(case, top_k, attend):
+    inputs = attend_inputs(**ATTENDS[case])
+    q, k, v, search_q, c = inputs
+    score, index = search_naive(search_q, c, top_k, k.shape[2])
+    naive = attend_naive(q, k, v, score, index)
+    fast = attend(q, k, v, score, index)
+    assert_close(fast, naive)
+    found = (index >= 0).any(-1)
+    assert torch.equal((fast != 0).flatten(2).any(-1), found)  # exactly zero where none was
+    if found.any():
+        assert_close(gradients(fast, inputs), gradients(naive, inputs))
+    with torch.no_grad():
+        assert_close(resona.attend(q, k, v, score, index), naive)
+
+
+@pytest.mark.parametrize(
+    "search, attend",
+    [
+        (search_naive, attend_naive),
+        (search_parallel, attend_parallel),
+        (search_parallel, attend_gathered),
+    ],
+)
 def test_search_and_attend_gradcheck(search, attend):
-    *inputs, how = attend_inputs(B=1, L=9, M=2)
+    def retrieve(q, k, v, search_q, c):
+        score, index = search(search_q, c, 2, 4)
+        return attend(q, k, v, score, index)
 
-    def retrieve(q, k, v, query, c):
-        return attend(q, k, v, *search(query, c, *how))
-
-    assert gradcheck(retrieve, inputs)
-
-
-def branch_inputs(B=2, L=22, D=16):
-    return [torch.randn(B, L, D, dtype=DOUBLE, requires_grad=True) for _ in "zuy"]
+    assert gradcheck(retrieve, tuple(attend_inputs(B=1, L=9, M=2)))
 
 
 def test_branch_gradcheck():
     branch = Retrieval(4, n_head=2, top_k=2, d_search=3).double()
-    assert gradcheck(lambda z, u, y: branch(z, u, y)[0], branch_inputs(1, 10, 4))
+    assert gradcheck(lambda z, u, y: branch(z, u, y)[0], tuple(branch_inputs(B=1, L=10, D=4)))
 
 
-def test_branch_parallel_matches_naive(monkeypatch):
-    branch, inputs = Retrieval(16).double(), branch_inputs()
-    variables = [*inputs, *branch.parameters()]
-    parallel = branch(*inputs)[0]
-    monkeypatch.setattr(resona, "IMPLEMENTATION", "naive")
-    naive = branch(*inputs)[0]
-    assert_close(parallel, naive)
-    assert_close(gradients(parallel, variables), gradients(naive, variables))
+def test_torch_func_differentiates_scan_and_attend():
+    scan = scan_inputs()
+    of_func = torch.func.grad(lambda a: scan_parallel(a, scan.b, scan.h0).square().sum())(scan.a)
+    h = scan_parallel(*scan)
+    (of_autograd,) = torch.autograd.grad(h.square().sum(), scan.a)
+    assert_close(of_func, of_autograd)
 
+    inputs = attend_inputs()
 
-def test_branch_with_all_chunks_is_dense_attention():
-    """top_k >= M: one softmax over all tokens of finished chunks, here with the (L, M·U) matrix written out."""
-    net, (z, u, y) = Retrieval(16, n_head=2, chunk_size=4, d_search=8).double(), branch_inputs()
-    B, L, D = z.shape
-    U, H, M, n = 4, 2, L // 4, L // 4 * 4
-    got, memory = net(z, u, y, top_k=M + 2)
-    late = torch.cat([torch.zeros(B, 1, D, dtype=DOUBLE), u], 1)
-    k, v = (w.view(B, n, H, -1) for w in (net.key(late[:, :n]), net.value(z[:, :n])))
-    asks = torch.cat([y, u], -1)
-    visible = (torch.arange(M) + 1) * U <= torch.arange(L)[:, None]
-    score = net.log_sharpness.exp() * F.normalize(net.search_query(asks), dim=-1) @ memory.c.mT
-    log_p = score.masked_fill(~visible, -math.inf)[:, U:].log_softmax(-1)  # (B, L - U, M)
-    log_p = log_p.repeat_interleave(U, -1)  # (B, L - U, n)
-    q = net.query(asks).view(B, L, H, -1)[:, U:]
-    p = (torch.einsum("blhe,bnhe->bhln", q, k) / math.sqrt(D / H) + log_p[:, None]).softmax(-1)
-    r = net.output(torch.einsum("bhln,bnhe->blhe", p, v).flatten(2))
-    alpha = torch.sigmoid(net.alpha(asks))[:, U:]
-    assert_close(got[:, U:], (1 - alpha) * y[:, U:] + alpha * r)
-    assert torch.equal(got[:, :U], y[:, :U])  # before the first finished chunk: exactly no retrieval
+    def retrieve(k):
+        score, index = search_parallel(inputs.search_q, inputs.c, 2, 4)
+        return attend_parallel(inputs.q, k, inputs.v, score, index).square().sum()
 
-
-@pytest.mark.parametrize("fields", [{}, {"search": "ivf", "n_list": 3, "n_probe": 2}], ids=["exact", "ivf"])
-def test_search_learns_from_the_loss(fields, sample):
-    model, tokens = small_model(**fields), random_tokens(2, 60)
-    F.cross_entropy(model(tokens)[0][:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    for layer in model.layers:
-        net = layer.retrieval
-        for part in (net.search_query, net.search_key):
-            assert all(p.grad.abs().max() > 1e-8 for p in part.parameters())
-        assert net.log_sharpness.grad.abs() > 1e-8
-
-
-class Largest(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return out
-
-
-def test_memory_grows_with_length_not_with_its_square():
-    largest = {}
-    for L in (4096, 8192):  # the largest tensor of a forward and a backward pass
-        model = small_model(n_layer=1, top_k=2).float()
-        with Largest() as mode:
-            model(random_tokens(1, L))[0].sum().backward()
-        largest[L] = mode.numel
-    scores_at_once = 2**22  # search_parallel's blocks
-    assert largest[8192] <= max(scores_at_once, 2.1 * largest[4096]) < 8192 * 8192 // 4
-
-
-def test_attend_keeps_nothing_gathered_for_the_backward_pass():
-    def saved(L, M, K=8, U=4, H=4, E=16):  # numbers kept, in all and in the largest tensor
-        q = torch.randn(1, L, H, E, requires_grad=True)
-        k, v = (torch.randn(1, M, U, H, E, requires_grad=True) for _ in range(2))
-        score, index = torch.randn(1, L, K).requires_grad_(), torch.randint(0, M, (1, L, K))
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
-            attend_parallel(q, k, v, score, index).sum().backward()
-        assert sizes and max(sizes) < L * K * U * H * E // 8
-        return sum(sizes)
-
-    assert saved(2048, 512) <= 2.1 * saved(1024, 256) < 2.1 * 1024 * 8 * 4 * 4 * 16 / 4
-
-
-# -------------------------------------------------------------------------- resona.py: laws of the model
-def gru(d_model):
-    return nn.GRU(d_model, d_model, batch_first=True)
-
-
-class DeltaRule(nn.Module):
-    """DeltaNet (arXiv 2406.06484), one step at a time: a matrix S per head that is corrected where it was wrong,
-    S ← S + β·(v - S k) kᵀ, and read by y = S q."""
-
-    def __init__(self, d_model, n_head=4):
-        super().__init__()
-        self.n_head, self.qkv, self.beta = n_head, nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, n_head)
-        self.output = nn.Linear(d_model, d_model, bias=False)
-
-    def forward(self, u, S=None):
-        q, k, v = self.qkv(u).unflatten(2, (3, self.n_head, -1)).unsqueeze(-1).unbind(2)  # (B, L, H, E, 1)
-        q, k, beta, y = F.normalize(q, dim=-2), F.normalize(k, dim=-2), self.beta(u).sigmoid()[..., None, None], []
-        S = k.new_zeros(*k.shape[:1], *k.shape[2:4], k.shape[3]) if S is None else S  # (B, H, E, E)
-        for t in range(u.shape[1]):
-            S = S + beta[:, t] * (v[:, t] - S @ k[:, t]) @ k[:, t].mT
-            y.append((S @ q[:, t]).flatten(1))
-        return self.output(torch.stack(y, 1)), S
-
-
-LAWFUL = {
-    "gated": ("gated", {}), "ssm": ("ssm", {}), "transformer": ("transformer", {}),
-    "no positions": (type("NoPositions", (train_toy.CausalAttention,), {"rotate": lambda self, x, past: x}), {}),
-    "gru": (gru, {}), "delta rule": (DeltaRule, {}), "no retrieval": ("gated", {"retrieval": False}),
-    "transformer alone": ("transformer", {"retrieval": False}), "last layer only": ("gated", {"retrieval": [1]}),
-    "one token a chunk": ("gated", {"chunk_size": 1}),
-    "ivf": ("gated", {"search": "ivf", "n_list": 2, "n_probe": 1, "top_k": 1}),
-    "ivf, one token a chunk": (
-        "gated", {"search": "ivf", "n_list": 4, "n_probe": 2, "top_k": 2, "chunk_size": 1}),
-}
-
-
-@pytest.fixture
-def sample(monkeypatch):
-    """The inverted file has lists after a few chunks already."""
-    monkeypatch.setattr(resona, "SAMPLE", 2)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("case", LAWFUL)
-@pytest.mark.parametrize("vocab_size", [11, 2])  # 2: nearly every chunk has a twin, and scores are equal
-def test_state_law(case, vocab_size, sample):
-    backbone, fields = LAWFUL[case]
-    model, tokens = small_model(backbone, vocab_size, **fields), random_tokens(2, 27, vocab_size)
-    whole, _ = model(tokens)
-    for i in (1, 3, 4, 5, 8, 11, 16, 22, 26):
-        head, state = model(tokens[:, :i])
-        tail, _ = model(tokens[:, i:], state)
-        again, _ = model(tokens[:, i:], state)  # an earlier state may be used twice
-        assert_close(torch.cat([head, tail], 1), whole, rtol=0, atol=1e-9)
-        assert torch.equal(tail, again)
-    state, steps = None, []
-    for t in range(27):
-        logits, state = model(tokens[:, t:t + 1], state)
-        steps.append(logits)
-    assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-9)
-
-
-@torch.no_grad()  # then memory grows in place
-def test_an_earlier_state_can_be_continued_twice():
-    model, prompt = small_model(), random_tokens(2, 13)
-    _, state = model(prompt[:, 5:], model(prompt[:, :5])[1])
-    states, ends = [state] * 3, [random_tokens(2, 20) for _ in range(3)]
-    for t in range(20):  # three texts grow in turns from one prompt
-        for i, end in enumerate(ends):
-            got, states[i] = model(end[:, t:t + 1], states[i])
-            want = model(torch.cat([prompt, end[:, :t + 1]], dim=1))[0][:, -1:]
-            assert_close(got, want, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("case", LAWFUL)
-def test_causality_law(case, sample):
-    backbone, fields = LAWFUL[case]
-    model, tokens = small_model(backbone, **fields), random_tokens(1, 19)
-    logits, seen = model(tokens)[0], model.inspect(tokens)
-    for t in range(19):
-        changed = tokens.clone()
-        changed[0, t] = (changed[0, t] + 1) % 11
-        new_logits, new_seen = model(changed)[0], model.inspect(changed)
-        assert torch.equal(new_logits[:, :t], logits[:, :t])
-        assert not torch.equal(new_logits[:, t], logits[:, t])
-        for old, new in zip(seen, new_seen):
-            assert all(torch.equal(new[key][:, :t], old[key][:, :t]) for key in ("index", "score", "alpha"))
-
-
-def test_alpha_zero_is_the_backbone():
-    model, backbone, tokens = small_model(), small_model(retrieval=False), random_tokens(2, 30)
-    for layer in model.layers:
-        nn.init.zeros_(layer.retrieval.alpha.weight)
-        nn.init.constant_(layer.retrieval.alpha.bias, -1e4)
-    backbone.load_state_dict(model.state_dict(), strict=False)
-    assert torch.equal(model(tokens)[0], backbone(tokens)[0])
-    nn.init.zeros_(model.layers[0].retrieval.alpha.bias)
-    assert not torch.allclose(model(tokens)[0], backbone(tokens)[0])
-
-
-@pytest.mark.parametrize("M, k", [(300, 4), (1030, 4), (5000, 9), (70000, 1)])
-def test_best_of_matches_topk(M, k):
-    """Groups of scores and what is left of them, ties, and rows of which few are visible."""
-    score = torch.randn(3, 40, M)
-    score[1] = score[1].round(decimals=1)
-    score[2, :, 5:] = -math.inf
-    best, index = best_of(score, k)
-    assert torch.equal(best, score.topk(k).values) and torch.equal(best, score.gather(-1, index))
-    assert all(len(set(row)) == k for row in index[:2].flatten(0, 1).tolist())
-
-
-# ---------------------------------------------------------------------------- resona.py: the inverted file
-def ivf_by_mask(q, c, top_k, chunk_size, offset, lists, n_probe):
-    """All scores, those of chunks outside the probed lists and the outliers' masked: the definition."""
-    position, M = offset + torch.arange(q.shape[1]), c.shape[1]
-    hidden = (torch.arange(M) + 1) * chunk_size > position[:, None]  # (L, M)
-    score = (q @ c.mT).masked_fill(hidden, -math.inf)
-    if lists:
-        n_list = lists.centroids.shape[1]
-        probed = (q @ lists.centroids.to(q).mT).topk(min(n_probe, n_list)).indices  # (B, L, n_probe)
-        member = lists.member[:, None]  # (B, 1, M)
-        inside = (member.unsqueeze(-1) == probed.unsqueeze(2)).any(-1) | (member == n_list)
-        few = position // chunk_size < resona.SAMPLE * n_list  # these queries search exactly
-        score = score.masked_fill(~inside & ~few[:, None], -math.inf)
-    return F.pad(score, (0, top_k), value=-math.inf).topk(top_k).values
-
-
-def by_lists(q, c, top_k, chunk_size, offset, lists, n_probe):
-    """What the branch does: there are no lists until there are enough chunks."""
-    sizes = (q, c, top_k, chunk_size, offset)
-    return search_ivf(*sizes, lists, n_probe) if lists else search_parallel(*sizes)
-
-
-@pytest.mark.parametrize("B, L, M, S, top_k, chunk_size, offset, n_list, n_probe", [
-    (2, 60, 20, 4, 3, 3, 0, 4, 2), (1, 40, 20, 3, 4, 2, 5, 5, 2), (2, 17, 6, 4, 9, 2, 3, 3, 1),
-    (1, 25, 40, 3, 2, 1, 17, 7, 1), (1, 9, 0, 4, 2, 1, 0, 7, 7), (1, 1, 30, 4, 2, 1, 30, 3, 2),
-    (2, 50, 40, 4, 5, 1, 0, 6, 3), (1, 30, 9, 4, 3, 1, 0, 5, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-def test_search_ivf_matches_all_scores_masked(
-        B, L, M, S, top_k, chunk_size, offset, n_list, n_probe, dtype, sample):
-    q, c = search_inputs(B, L, M, S, dtype)
-    lists = update_lists(c, n_list)
-    assert (lists is None) == (M < 2 * n_list) and (lists is None or lists.centroids.shape == (B, n_list, S))
-    found = by_lists(q, c, top_k, chunk_size, offset, lists, n_probe)
-    want = ivf_by_mask(q, c, top_k, chunk_size, offset, lists, n_probe)
-    check_found(found, want.detach(), q, c, chunk_size, offset)
-    if (found[1] >= 0).any():
-        assert_close(gradients(finite(found[0]), (q, c)), gradients(finite(want), (q, c)))
-
-
-def test_ivf_with_all_lists_probed_is_the_exact_search(sample):
-    q, c = search_inputs(2, 50, 24, 4)
-    want, index = search_naive(q, c, 3, 2)
-    for n_list, n_probe in ((5, 5), (5, 9), (12, 12), (13, 1)):  # 13: there are no lists yet
-        found = by_lists(q, c, 3, 2, 0, update_lists(c, n_list), n_probe)
-        check_found(found, want, q, c, 2)
-        assert torch.equal(found[1], index)
-    assert not torch.equal(search_ivf(q, c, 3, 2, 0, update_lists(c, 5), 1)[1], index)
-    exact, tokens = small_model(), random_tokens(2, 60)
-    for n_probe, equal in ((3, True), (1, False)):
-        model = small_model(search="ivf", n_list=3, n_probe=n_probe)
-        model.load_state_dict(exact.state_dict())
-        assert torch.allclose(model(tokens)[0], exact(tokens)[0], rtol=0, atol=1e-9) == equal
-
-
-def test_ivf_lists_are_the_same_however_they_were_fed(sample):
-    c = F.normalize(torch.randn(2, 30, 4), dim=-1)
-    c[:, 20:25] = c[:, 3:8]
-    whole, lists = update_lists(c, 3), None
-    assert torch.equal(whole.member[:, 20:25], whole.member[:, 3:8])  # equal keys join equal lists
-    similar, nearest = (c @ whole.centroids.mT).max(-1)
-    assert_close(whole.threshold[:, 0], similar[:, :6].amin(-1))  # of the first SAMPLE·3
-    assert torch.equal(whole.member, nearest.where(similar >= whole.threshold - 1e-6, torch.tensor(3)))
-    assert 0 < (whole.member == 3).sum() < 60
-    for n in range(1, 31):
-        lists = update_lists(c[:, :n], 3, lists)
-        assert (lists is None) == (n < 6) and (lists is None or lists.member.shape == (2, n))  # none below SAMPLE·3
-        for one in (lists, update_lists(c[:, :n], 3)):
-            assert all(torch.equal(got, want) for got, want in zip(update_lists(c, 3, one), whole))
-
-
-def test_inspect_shows_one_search_per_retrieval_layer():
-    model, tokens = small_model(n_layer=3, retrieval=[0, 2]), random_tokens(2, 21)
-    first, second = seen = model.inspect(tokens)
-    for layer in seen:
-        assert {key: x.shape[2] for key, x in layer.items()} == {"index": 3, "score": 3, "alpha": 1}
-        assert torch.equal(layer["index"] < 0, layer["score"] == -math.inf)
-        assert (layer["score"][..., :-1] >= layer["score"][..., 1:]).all()
-        assert torch.equal((layer["alpha"] > 0)[..., 0], (torch.arange(21) >= 4).expand(2, 21))
-    assert not torch.equal(first["score"], second["score"])
-    assert model.inspect(tokens, top_k=5)[0]["index"].shape == (2, 21, 5)
-
-
-# -------------------------------------------------------- resona.py: for use: look inside, generate, state
-def test_top_k_can_change_at_call_time():
-    model, tokens = small_model(), random_tokens(1, 30)
-    three, one, many = (model(tokens, top_k=k)[0] for k in (None, 1, 50))
-    assert not torch.allclose(three, one) and not torch.allclose(three, many)
-    changed = small_model(top_k=1)
-    changed.load_state_dict(model.state_dict())
-    assert torch.equal(changed(tokens)[0], one)
-    head, state = model(tokens[:, :13], top_k=1)
-    assert_close(changed(tokens[:, 13:], state)[0], one[:, 13:], rtol=0, atol=1e-9)  # a state fits any top_k
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_generate_matches_reading_everything_again(backbone):
-    model, prompt = small_model(backbone), random_tokens(2, 9)
-    slow = prompt
-    for _ in range(12):
-        slow = torch.cat([slow, model(slow)[0][:, -1:].argmax(-1)], 1)
-    assert torch.equal(model.generate(prompt, 12), slow)
-    assert torch.equal(model.generate(prompt, 0), prompt)
-    state = model(prompt[:, :6])[1]
-    assert torch.equal(model.generate(prompt[:, 6:], 12, state=state), slow[:, 6:])
-    for stop in range(11):  # until both rows have written it
-        ends = [[*row[9:].tolist(), stop].index(stop) + 1 for row in slow]
-        assert torch.equal(model.generate(prompt, 12, stop=stop), slow[:, :9 + min(12, max(ends))])
-    assert_close(model(prompt, last=True)[0], model(prompt)[0][:, -1:], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("backbone", [*BACKBONES, gru])
-def test_mixed_precision_is_near_and_may_change_between_calls(backbone):
-    model, tokens = small_model(backbone).float(), random_tokens(2, 40)
-    want = model(tokens)[0]
-    inputs = list(model.parameters())
-    for first, second in ((True, True), (True, False), (False, True)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=first):
-            head, state = model(tokens[:, :21])
-        with torch.autocast("cpu", torch.bfloat16, enabled=second):
-            rest, _ = model(tokens[:, 21:], state)
-        got = torch.cat([head, rest], 1).float()
-        assert got.isfinite().all() and (got - want).abs().mean() < 0.02 * want.abs().mean()
-        grads = [torch.autograd.grad(x.square().mean(), inputs, retain_graph=True) for x in (got, want)]
-        flat = [torch.cat([x.flatten() for x in grad]) for grad in grads]
-        assert F.cosine_similarity(*flat, dim=0) > 0.95
-    assert model.bfloat16()(tokens)[0].dtype == torch.bfloat16
-
-
-def test_generate_draws_from_the_softmax():
-    model, prompt = small_model(), random_tokens(1, 9)
-    first, second = (model.generate(prompt, 20, 1.0, torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(first, second) and not torch.equal(first, model.generate(prompt, 20))
-    drawn = model.generate(prompt.expand(20000, -1), 1, 0.5, torch.Generator().manual_seed(5))[:, -1]
-    frequency = drawn.bincount(minlength=11) / 20000
-    want = (model(prompt)[0][0, -1] / 0.5).softmax(-1)
-    assert_close(frequency.double(), want, rtol=0, atol=0.02)
-
-
-def test_a_detached_state_goes_on_without_the_graph(sample):
-    ivf = {"search": "ivf", "n_list": 2, "n_probe": 1}
-    for backbone, fields in [("gated", {}), ("gated", ivf), ("transformer", {}), (gru, {}),
-                             (lambda d: nn.LSTM(d, d, batch_first=True), {})]:
-        model, tokens = small_model(backbone, **fields), random_tokens(2, 41)
-        whole, state = model(tokens)[0], model(tokens[:, :29])[1]
-        logits, _ = model(tokens[:, 29:], state.detach())
-        assert_close(logits, whole[:, 29:], rtol=0, atol=1e-9)
-        cut, through = (torch.autograd.grad(model(tokens[:, 29:], s)[0].sum(), model.embedding.weight)[0]
-                        for s in (state.detach(), state))
-        assert not torch.allclose(cut, through)
-
-
-# ------------------------------------------------------------------------------- resona.py: save and load
-def test_save_and_load_give_the_same_model(tmp_path, monkeypatch):
-    tokens = random_tokens(1, 20)
-    for dtype in (torch.float32, torch.bfloat16, DOUBLE):
-        model = small_model(retrieval=[1]).to(dtype)
-        model.save(tmp_path / "m.pt")
-        loaded = Resona.load(tmp_path / "m.pt")
-        assert loaded.config == model.config and loaded.head.weight.dtype == dtype
-        assert loaded.head.weight.requires_grad and torch.equal(loaded(tokens)[0], model(tokens)[0])
-    changed = Resona.load(tmp_path / "m.pt", "cpu", top_k=1, search="ivf")
-    assert (changed.config.top_k, changed.config.search) == (1, "ivf")
-    assert torch.equal(changed(tokens)[0], model(tokens, top_k=1)[0])  # too few chunks for lists
-    monkeypatch.setitem(BACKBONES, "gru", gru)  # a backbone of your own, by name
-    small_model("gru").save(tmp_path / "m.pt")
-    assert isinstance(Resona.load(tmp_path / "m.pt").layers[0].backbone, nn.GRU)
-    monkeypatch.delitem(BACKBONES, "gru")
-    one_line(ValueError, lambda: Resona.load(tmp_path / "m.pt"), "m.pt", "'gru'", "gated")
-
-
-# ----------------------------------------------------------------------------------- resona.py: bad input
-class Malicious:
-    def __reduce__(self):
-        return (Path.touch, (Path("run_by_pickle"),))
-
-
-@pytest.mark.parametrize("damage", ["half", "text", "empty", "foreign", "list", "pickle", "evil"])
-def test_load_refuses_what_save_did_not_write(damage, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small_model().save("m.pt")
-    whole, path = Path("m.pt").read_bytes(), Path("m.pt")
-    {"half": lambda: path.write_bytes(whole[:len(whole) // 2]), "text": lambda: path.write_text("hello"),
-     "empty": lambda: path.write_bytes(b""), "foreign": lambda: torch.save({"weights": 1}, path),
-     "list": lambda: torch.save([1, 2], path), "pickle": lambda: path.write_bytes(pickle.dumps(Malicious(), 2)),
-     "evil": lambda: torch.save({"config": Malicious(), "weights": {}}, path)}[damage]()
-    one_line(ValueError, lambda: Resona.load(path), "m.pt")
-    assert not Path("run_by_pickle").exists()
-
-
-def test_files_that_cannot_be_read_or_written_are_refused(tmp_path):
-    path = tmp_path / "m.pt"
-    for missing in (path, tmp_path):
-        one_line(ValueError, lambda: Resona.load(missing), str(missing), "cannot be read")
-    one_line(ValueError, lambda: small_model(gru).save(path), "callable backbone")
-    assert not path.exists()
-    small_model().save(path)
-    for change, word in (({"top_k": 0}, "top_k"), ({"d_model": 32}, "size mismatch"), ({"colour": 3}, "colour")):
-        one_line(ValueError, lambda: Resona.load(path, **change), "m.pt", word)
-
-
-SIZE_FIELDS = "vocab_size d_model n_layer n_head chunk_size top_k d_search d_conv d_ff n_list n_probe".split()
-
-
-@pytest.mark.parametrize("field, values, words", [
-    *((field, (0, -1, 2.0, True, None, "4"), []) for field in SIZE_FIELDS), ("n_head", (3, 128), ["d_model"]),
-    ("retrieval", ([2], [-1], ["a"], [True], [0.0], "yes", 3, None), ["0..1"]),
-    ("backbone", ("lstm", [], None), BACKBONES), ("search", ("fast", [], None), ["exact", "ivf"])])
-def test_bad_config_is_refused(field, values, words):
-    for value in values:
-        one_line(ValueError, lambda: ResonaConfig(**{"vocab_size": 5, field: value}), field, repr(value), *words)
-    with pytest.raises(FrozenInstanceError):
-        setattr(ResonaConfig(5), field, getattr(ResonaConfig(5), field))
-
-
-OK = torch.zeros(2, 3, dtype=torch.int64)
-
-
-@pytest.mark.parametrize("tokens, words", [
-    (OK + 11, ["0..10", "11"]), (OK - 1, ["-1"]), (OK.float(), ["int64", "float32"]), (OK.int(), ["int32"]),
-    (OK[0], ["(B, L)", "[3]"]), (OK[:, :0], ["[2, 0]"]), (OK[:0], ["[0, 3]"]), ([[1, 2]], ["list"])])
-def test_bad_tokens_are_refused(tokens, words):
-    model = small_model()
-    for call in (model, model.inspect, lambda x: model.generate(x, 1)):
-        one_line(ValueError, lambda: call(tokens), "tokens", *words)
-
-
-def test_bad_calls_and_states_are_refused():
-    model, state = small_model(), small_model()(OK)[1]
-    for call, words in [
-        *((lambda k=k: model(OK, top_k=k), ["top_k", repr(k)]) for k in (0, -3, 1.5, "4")),
-        *((lambda n=n: model.generate(OK, n), ["max_new_tokens", repr(n)]) for n in (-1, 1.0)),
-        *((lambda t=t: model.generate(OK, 1, t), ["temperature", repr(t)]) for t in (-0.5, math.nan, math.inf)),
-        (lambda: model(OK[:1], state), ["state", "batch size", "2", "1"]),
-        (lambda: small_model(chunk_size=2)(OK, state), ["state", "chunk_size", "4", "2"]),
-        (lambda: small_model("ssm")(OK, state), ["state", "backbone", "'gated'", "'ssm'"]),
-        (lambda: model(OK, state.layers), ["state", "list"]),
-        (lambda: small_model(lambda d: nn.GRU(d, 2 * d, batch_first=True))(OK), ["[2, 3, 16]", "[2, 3, 32]"]),
-        (lambda: small_model().float()(OK, state), ["state", "float64", "float32"]),
-    ]:
-        one_line(ValueError, call, *words)
-
-
-def test_bad_scans_and_searches_are_refused(monkeypatch):
-    x = torch.zeros(2, 3, 4)
-    for scan in (scan_naive, scan_parallel):
-        for inputs, words in [
-            ((x, x[:, :2]), ["[2, 3, 4]", "[2, 2, 4]"]), ((x[0], x[0]), ["BLD", "[3, 4]"]),
-            ((x[:, :0], x[:, :0]), ["at least 1", "[2, 0, 4]"]), ((x, x, x[:, 0, :3]), ["BD", "[2, 3]"]),
-            ((x.long(), x.long()), ["int64"]),
-        ]:
-            one_line(ValueError, lambda: scan(*inputs), *words)
-    for search in (search_naive, search_parallel):
-        for inputs, words in [
-            ((x, x[..., :2], 1, 1), ["[2, 3, 4]", "[2, 3, 2]"]), ((x, x[:1], 1, 1), ["[1, 3, 4]"]),
-            ((x.long(), x.long(), 1, 1), ["int64"]),
-        ]:
-            one_line(ValueError, lambda: search(*inputs), *words)
-    monkeypatch.setattr(resona, "IMPLEMENTATION", "fast")
-    one_line(ValueError, lambda: resona.scan(x, x), "IMPLEMENTATION", "'fast'")
-
-
-# ---------------------------------------------------------------------------------------------- kernels.py
-needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-TYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpreter's bfloat16 is wrong
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several tiles and blocks in a few steps, as the interpreter is slow; on a GPU what is launched in earnest."""
-    if not GPU:
-        for name, value in {"BT": 4, "BQ": 16, "BM": 16, "MIN_BLOCK": 8, "SEGMENT": 4, "FILL": 8}.items():
-            monkeypatch.setattr(kernels, name, value)
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("fill", [1, 10**6])  # one kernel, two kernels
-@pytest.mark.parametrize("B, L, D", [(1, 1, 1), (2, 3, 5), (1, 37, 17), (2, 16, 16), (1, 50, 2)])
-def test_kernel_scan_matches_naive(B, L, D, fill, dtype, small_tiles, monkeypatch):
-    monkeypatch.setattr(kernels, "FILL", fill)
-    a, b, h0 = (x.detach().to(DEVICE).requires_grad_() for x in scan_inputs(B, L, D, dtype))
-    with torch.no_grad():
-        a[:, ::3] = 0
-    for inputs in ((a, b, h0), (a, b)):
-        want, h = scan_naive(*inputs), kernels.scan(*inputs)
-        assert h.dtype == dtype
-        rounding = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-        assert_close(h, want, rtol=rounding, atol=rounding)
-        weight = torch.randn_like(want)
-        got, expected = (torch.autograd.grad((x * weight).sum(), inputs) for x in (h, want))
-        assert_close(got, expected, rtol=2 * rounding, atol=4 * rounding)
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("B, L, M, S, top_k, chunk_size, offset", [
-    (2, 33, 8, 5, 3, 4, 0), (1, 1, 1, 1, 1, 1, 1), (1, 5, 3, 4, 7, 2, 0), (2, 20, 40, 17, 4, 3, 100),
-    (1, 3, 2, 4, 2, 8, 1), (1, 40, 40, 2, 40, 1, 0), (1, 4, 70, 16, 64, 1, 70), (2, 9, 0, 4, 2, 3, 0),
-    (1, 2, 40, 128, 2, 1, 50)])
-def test_kernel_search_matches_naive(B, L, M, S, top_k, chunk_size, offset, dtype, small_tiles):
-    q, c = (x.detach().to(DEVICE).requires_grad_() for x in search_inputs(B, L, M, S, dtype))
-    wide = [x.detach().float().requires_grad_() for x in (q, c)]  # the naive gradient would sum up in float16
-    score, index = kernels.search(q, c, top_k, chunk_size, offset)
-    want, want_index = search_naive(*wide, top_k, chunk_size, offset)
-    assert torch.equal(index, want_index) and score.dtype == torch.float32
-    assert_close(score, want, rtol=1e-5, atol=1e-5)
-    if (index >= 0).any():
-        weight = torch.randn_like(want)
-        got, expected = (torch.autograd.grad((finite(x) * weight).sum(), inputs)
-                         for x, inputs in ((score, (q, c)), (want, wide)))
-        assert {x.dtype for x in got} == {dtype}
-        assert_close(got, tuple(x.to(dtype) for x in expected), rtol=1e-3, atol=1e-5)
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(
-    "B, L, H, E, M, U, top_k", [(2, 13, 2, 3, 3, 4, 2), (1, 9, 3, 4, 2, 3, 5), (1, 5, 1, 2, 1, 1, 1)])
-def test_kernel_attend_matches_naive(B, L, H, E, M, U, top_k, dtype, small_tiles):
-    *inputs, how = attend_inputs(B, L, H, E, M, U, top_k)
-    q, k, v, query, c = (x.detach().to(DEVICE, dtype) for x in inputs)
-    score, index = search_naive(query, c, *how)
-    ours, wide = ([x.to(kind).requires_grad_() for x in (q, k, v, finite(score))] for kind in (dtype, torch.float32))
-    got, want = (attend(*x, index) for attend, x in ((kernels.attend, ours), (attend_naive, wide)))
-    rounding = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    assert got.dtype == dtype and (got[(index < 0).all(2)] == 0).all()
-    assert_close(got.float(), want, rtol=rounding, atol=rounding)
-    weight = torch.randn_like(want)
-    gots, wants = (torch.autograd.grad((x * weight).sum(), inputs) for x, inputs in ((got, ours), (want, wide)))
-    for one, other in zip(gots, wants):
-        assert_close(one.float(), other, rtol=2 * rounding, atol=4 * rounding)
-
-
-def test_kernels_import_nothing_of_the_project():
-    done = python("-c", "import sys, kernels\n"
-                        "ours = {'resona', 'train_toy', 'evidence', 'test_resona'}\n"
-                        "print(sorted(name for name in sys.modules if name.split('.')[0] in ours))")
-    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
-# ------------------------------------------------------------------- train_toy.py: its rows, its models
-LETTERS = "abcdefghijklmnopqrstuvwxyz$|."
-
-
-def test_copy_rows_are_as_drawn():
-    rng, lengths = np.random.default_rng(3), set()
-    for x, y in (row for _ in range(8) for row in zip(*(part.tolist() for part in Copying().batch(rng)))):
-        text, where = "".join(LETTERS[i] for i in x), 0
-        assert len(text) == 220
-        while where < 220:  # $ x | x .
-            middle = text.find("|", where)
-            n = middle - where - 1
-            if middle < 0 or middle + n + 1 > 220:  # cut off before its end: not scored
-                assert y[where:] == [-100] * (220 - where)
-                break
-            string = text[where + 1:middle]
-            assert text[where] == "$" and string.isalpha()
-            assert (text + ".")[middle + 1:middle + n + 2] == string + "."
-            assert y[where:middle] == [-100] * (n + 1)
-            assert y[middle:middle + n + 2] in ([*x[where + 1:middle], 28], [*x[where + 1:middle], 28, -100])
-            lengths.add(n)
-            where = middle + n + 2
-    assert lengths == set(range(4, 33))  # strings of every length
-    inputs, targets = map(torch.tensor, Copying().test(rng, 5)["5"])  # a test is one string a row
-    x, edge = inputs[:, 1:6], torch.full((128, 1), 26)
-    assert torch.equal(inputs, torch.cat([edge, x, edge + 1, x], 1))
-    assert torch.equal(targets, torch.cat([torch.full((128, 6), -100), x, edge + 2], 1))
+    of_func = torch.func.grad(retrieve)(inputs.k)
+    (of_autograd,) = torch.autograd.grad(retrieve(inputs.k), inputs.k)
+    assert_close(of_func, of_autograd)
 
 
 @pytest.mark.parametrize("backbone", ["gated", "ssm"])
-def test_the_models_have_equal_parameters(backbone):
-    names = {"recurrence": backbone, "resona": backbone, "transformer": "transformer"}
-    models = [make_model(name, backbone, Copying()) for name in names]
-    counts = [train_toy.count(model) for model in models]
-    assert max(counts) <= 1.01 * min(counts)
-    assert [model.config.backbone for model in models] == [*names.values()]
-    assert [bool(model.config.retrieval) for model in models] == [False, True, False]
-    assert len({len(layer.conv.weight) for model in models for layer in model.layers}) == 1  # one width
+def test_the_compiled_model_is_the_same(backbone):
+    """One graph each way, also for rows of another length."""
+    model = small_model(backbone, n_layer=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (20, 33):
+        tokens = random_tokens(2, length)
+        logits, _ = model(tokens)
+        got, _ = compiled(tokens)
+        assert_close(got, logits)
+        assert_close(gradients(got, parameters(model)), gradients(logits, parameters(model)))
 
 
-# -------------------------------------------------------------------------------- train_toy.py: its training
-FEW = ["--lengths", "8", "--device", "cpu", "--out"]
+# --------------------------------------------------------------------------------------------------
+# The inverted file
 
 
-def toy(model, steps, save_every=2):
-    return ["--model", model, "--steps", str(steps), "--save-every", str(save_every), *FEW]
+def ivf_by_mask(q, c, sizes, lists):
+    """All scores, but for chunks outside of the probed lists and of the outliers: the definition."""
+    top_k, chunk_size, offset = sizes.how
+    position = offset + torch.arange(q.shape[1])
+    ends = (torch.arange(c.shape[1]) + 1) * chunk_size
+    score = (q @ c.mT).masked_fill(ends > position[:, None], -INF)
+    if lists is not None:
+        nlist = lists.centroids.shape[1]
+        similarity = q @ lists.centroids.to(q).mT
+        probed = similarity.topk(min(sizes.nprobe, nlist)).indices  # (B, L, nprobe)
+        member = lists.member[:, None, :, None]  # (B, 1, M, 1)
+        inside = (member == probed.unsqueeze(2)).any(-1)  # (B, L, M)
+        outlier = (lists.member == nlist).unsqueeze(1)
+        searches_exactly = position // chunk_size < resona.SAMPLE * nlist
+        skipped = ~inside & ~outlier & ~searches_exactly[:, None]
+        score = score.masked_fill(skipped, -INF)
+    return F.pad(score, (0, top_k), value=-INF).topk(top_k).values
 
 
-def test_resona_learns_to_copy(tmp_path):
-    train_toy.main(["--model", "resona", "--steps", "80", *FEW, str(tmp_path), "--lengths", "32"])
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert [*report] == ["task", "seed", "device", "torch", "train_seconds", "parameters", "results"]
-    assert [*report["results"]] == [*report["parameters"]] == ["resona"]
-    scores = report["results"]["resona"]["32"]
-    assert 1 >= scores["token_accuracy"] > 0.5 and 0 <= scores["sequence_accuracy"] <= 1  # chance is 1/26
-    rows = Copying().test(np.random.default_rng([0, 1, 32]), 32)["32"]
-    loaded = train_toy.evaluate(Resona.load(tmp_path / "resona.pt"), rows, "cpu")
-    assert loaded == pytest.approx(scores, abs=1e-3)
+def search_by_lists(q, c, sizes, lists):
+    """What the branch does: there are no lists until there are enough chunks."""
+    if lists is None:
+        return search_parallel(q, c, *sizes.how)
+    return search_ivf(q, c, *sizes.how, lists, sizes.nprobe)
 
 
-@pytest.fixture
-def batches(monkeypatch):
-    """The batches that copying hands out; stop_at = [n] sends Ctrl-C in the n-th."""
-    seen, stop_at, batch = [], [], Copying.batch
-
-    def spy(self, rng):
-        seen.append(batch(self, rng))
-        if stop_at == [len(seen)]:
-            signal.default_int_handler(signal.SIGINT, None)
-        return seen[-1]
-    monkeypatch.setattr(Copying, "batch", spy)
-    return seen, stop_at
-
-
-def what_it_came_to(out, model="resona"):
-    """Everything that a run leaves but its times."""
-    state = torch.load(out / f"{model}.train.pt", weights_only=True)
-    report = json.loads((out / "results.json").read_text())
-    del state["seconds"], state["run"]
-    return {**state, "results": report["results"], "checkpoint": Resona.load(out / f"{model}.pt").state_dict()}
+IVF_SEARCHES = {
+    "usual": SearchCase(L=60, M=20, S=4, chunk_size=3),
+    "all but a few": SearchCase(B=1, L=40, M=20, top_k=4, chunk_size=2, offset=5, nlist=5),
+    "more slots than chunks": SearchCase(
+        L=17, M=6, S=4, top_k=9, chunk_size=2, offset=3, nlist=3, nprobe=1
+    ),
+    "one list probed": SearchCase(
+        B=1, L=25, M=40, S=3, top_k=2, chunk_size=1, offset=17, nlist=7, nprobe=1
+    ),
+    "no chunks": SearchCase(B=1, L=9, M=0, top_k=2, chunk_size=1, nlist=7, nprobe=7),
+    "decoding": SearchCase(B=1, L=1, M=30, S=4, top_k=2, chunk_size=1, offset=30, nlist=3),
+    "many lists": SearchCase(L=50, M=40, S=4, top_k=5, chunk_size=1, nlist=6, nprobe=3),
+    "too few chunks": SearchCase(B=1, L=30, M=9, S=4, chunk_size=1, nlist=5),
+}
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, (dict, list)):
-        pairs = zip(a.values(), b.values()) if isinstance(a, dict) else zip(a, b)
-        return len(a) == len(b) and (isinstance(a, list) or a.keys() == b.keys()) and all(same(*x) for x in pairs)
-    return a == b
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("case", IVF_SEARCHES)
+def test_search_ivf_is_all_scores_masked(case, dtype, few_chunks_make_lists):
+    sizes = IVF_SEARCHES[case]
+    inputs = sizes.inputs(dtype)
+    lists = update_lists(inputs.c, sizes.nlist)
+    assert (lists is None) == (sizes.M < 2 * sizes.nlist)
+    found = search_by_lists(*inputs, sizes, lists)
+    expected = ivf_by_mask(*inputs, sizes, lists)
+    check_found(found, expected.detach(), inputs, sizes.chunk_size, sizes.offset)
+    if (found[1] >= 0).any():
+        assert_close(gradients(finite(found[0]), inputs), gradients(finite(expected), inputs))
 
 
-def test_all_models_run_on_the_same_batches(tmp_path, batches):
-    train_toy.main(["--steps", "2", *FEW, str(tmp_path)])
-    seen, _ = batches
-    assert len(seen) == 6 and not np.array_equal(seen[0][0], seen[1][0])  # two steps of each of three models
-    assert all(np.array_equal(seen[i][0], seen[i % 2][0]) for i in range(6))
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert all({*report[key]} == {*train_toy.MODELS} for key in ("results", "parameters", "train_seconds"))
-    assert isinstance(Resona.load(tmp_path / "transformer.pt").layers[0].backbone, train_toy.CausalAttention)
+@pytest.mark.parametrize("nlist, nprobe", [(5, 5), (5, 9), (12, 12), (13, 1)])
+def test_with_all_lists_probed_ivf_is_the_exact_search(nlist, nprobe, few_chunks_make_lists):
+    """Of 24 chunks no 13 lists are made, and the search is exact."""
+    sizes = SearchCase(L=50, M=24, chunk_size=2, nlist=nlist, nprobe=nprobe)
+    inputs = sizes.inputs()
+    lists = update_lists(inputs.c, nlist)
+    exact = search_naive(*inputs, *sizes.how)
+    found = search_by_lists(*inputs, sizes, lists)
+    check_found(found, exact[0], inputs, sizes.chunk_size)
+    assert torch.equal(found[1], exact[1])
 
 
-def test_after_ctrl_c_it_resumes_and_ends_bit_for_bit_the_same(tmp_path, batches, capfd):
-    whole, parts, (seen, stop_at), flags = tmp_path / "whole", tmp_path / "parts", batches, toy("resona", 6)
-    train_toy.main([*flags, str(whole)])
-    seen.clear(), stop_at.append(4)
-    with pytest.raises(SystemExit, match="^130$"):
-        train_toy.main([*flags, str(parts)])
-    command = f"python train_toy.py {shlex.join([*flags, str(parts)])} --resume"
-    assert capfd.readouterr().err.splitlines()[-1].endswith(command) and not (parts / "results.json").exists()
-    assert len(torch.load(parts / "resona.train.pt", weights_only=True)["losses"]) == 2
-    train_toy.main(shlex.split(command)[2:])
-    assert len(seen) == 4 + 4  # steps 1 to 4, and 3 to 6: what came after the last save was lost
-    assert same(what_it_came_to(whole), what_it_came_to(parts)) and not list(parts.glob("*.new"))
-    train_toy.main([*flags, str(parts), "--seed", "1"])
-    assert not same(what_it_came_to(whole)["weights"], what_it_came_to(parts)["weights"])
+@pytest.mark.parametrize("nprobe, same", [(3, True), (1, False)])
+def test_a_model_that_probes_all_lists_is_the_exact_one(nprobe, same, few_chunks_make_lists):
+    exact = small_model()
+    model = small_model(search="ivf", nlist=3, nprobe=nprobe)
+    model.load_state_dict(exact.state_dict())
+    tokens = random_tokens(2, 60)
+    assert torch.allclose(model(tokens)[0], exact(tokens)[0], rtol=0, atol=1e-9) == same
 
 
-def process(flags, out, *before):
-    """train_toy.py in a process of its own, on one thread: their number changes the last bits of sums."""
-    command, env = [*before, str(HERE / "train_toy.py"), *flags, str(out)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *command], env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-def test_killed_and_resumed_at_random_it_ends_bit_for_bit_the_same(tmp_path):
-    """KILLS=50 python -m pytest -s -k killed for more of them. Each kill must find a run that has got further."""
-    kills, rng, stored = int(os.environ.get("KILLS", 2)), np.random.default_rng(), [0]
-    path, flags = tmp_path / "parts" / "resona.train.pt", toy("resona", 8 * kills, save_every=1)
-    whole = process(flags, tmp_path / "whole")
-    for _ in range(kills):
-        run, writes = process(["--resume", *flags], tmp_path / "parts"), {}  # of the file: when each was first seen
-        before = path.stat().st_mtime_ns if path.exists() else None
-        while len(writes) < 2 and run.poll() is None:
-            if path.exists() and (at := path.stat().st_mtime_ns) != before:
-                writes.setdefault(at, time.perf_counter())
-            time.sleep(0.001)
-        first, second = [*writes.values()]
-        time.sleep(rng.uniform(0, second - first))  # in a step, in a write, or between them, at the pace of now
-        run.kill()
-        run.communicate()
-        assert run.returncode == -signal.SIGKILL, "it ended before it was killed"
-        stored.append(len(torch.load(path, weights_only=True)["losses"]))
-        assert stored[-1] > stored[-2]
-    print(f"\n{kills} kills, with these steps on the disk: {stored[1:]} of {8 * kills}")
-    for run in (whole, process(["--resume", *flags], tmp_path / "parts")):
-        assert run.wait(600) == 0, run.stderr.read()
-    assert same(what_it_came_to(tmp_path / "whole"), what_it_came_to(tmp_path / "parts"))
-    assert {file.name for file in path.parent.iterdir()} == {"resona.pt", "resona.train.pt", "results.json"}
-
-
-def test_two_processes_train_as_one_does(tmp_path):
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("PyTorch without gloo")
-    one = process(toy("resona", 6), tmp_path / "one")
-    two = process(toy("resona", 6), tmp_path / "two", "-m", "torch.distributed.run", "--standalone",
-                  "--nproc_per_node=2")
-    (_, error), (said, errors) = one.communicate(timeout=300), two.communicate(timeout=300)
-    assert one.returncode == 0 and two.returncode == 0, error + errors
-    assert said.count("written to") == 1  # one of them speaks
-    a, b = what_it_came_to(tmp_path / "one"), what_it_came_to(tmp_path / "two")
-    np.testing.assert_allclose(a["losses"], b["losses"], rtol=1e-4)
-    assert all(torch.allclose(a["weights"][name], b["weights"][name], atol=1e-3) for name in a["weights"])
-
-
-# ---------------------------------------------------------------------------------- train_toy.py: bad input
-def refused(capsys, flags, *words):
-    """Status 2, and one line that holds these words, after the progress bars."""
-    with pytest.raises(SystemExit, match="^2$"):
-        train_toy.main(flags)
-    printed = capsys.readouterr()
-    lines = [line for line in re.split(r"[\n\r]+", printed.err) if line and not re.search(r"\d+%\|", line)]
-    assert len(lines) == 1 and lines[0].startswith("train_toy.py: "), printed.err
-    assert all(word in lines[0] for word in words), printed.err
-    return printed.out
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--steps 0", "--steps 1 0"), ("--steps x", "--steps 'x'"), ("--save-every 0", "--save-every"),
-    ("--lr -1", "--lr"), ("--lr nan", "--lr nan"), ("--seed -1", "--seed"), ("--task sort", "sort copy"),
-    ("--model lstm", "lstm resona"), ("--backbone transformer", "gated ssm"), ("--lengths 0", "--lengths"),
-    ("--device abc", "--device abc"), ("--device meta", "--device meta"), ("--nonsense", "--nonsense")])
-def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys):
-    assert refused(capsys, ["--out", str(tmp_path), *flags.split()], *words.split()) == ""
-
-
-def test_the_command_itself_shows_no_traceback():
-    done = python("train_toy.py", "--out", "README.md")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "README" in done.stderr
-    assert python("train_toy.py", "--help").returncode == 0
-
-
-def test_what_cannot_be_resumed_or_written_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--model", "recurrence", *FEW, ".", "--steps"]
-    train_toy.main([*flags, "2"])
-    capsys.readouterr()
-    refused(capsys, [*flags, "3", "--resume"], "--resume", "2 steps", "3 steps")
-    Path("recurrence.train.pt").write_bytes(b"junk")
-    refused(capsys, [*flags, "2", "--resume"], "--resume", "recurrence.train.pt")
-    torch.save({"run": Malicious()}, "recurrence.train.pt")
-    refused(capsys, [*flags, "2", "--resume"], "--resume", "recurrence.train.pt")
-    assert not Path("run_by_pickle").exists()
-    for out in ("recurrence.pt", "recurrence.pt/below"):
-        refused(capsys, [*flags, "2", "--out", out], out)
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    refused(capsys, [*flags, "2"], "No space left on device")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_save(tmp_path, capsys, monkeypatch):
-    forward, calls, flags = Resona.forward, [], [*toy("resona", 8), str(tmp_path)]
-
-    def bad(self, *args, **kwargs):
-        logits, state = forward(self, *args, **kwargs)
-        calls.append(1)
-        return (logits * math.nan if len(calls) == 6 else logits), state
-    monkeypatch.setattr(Resona, "forward", bad)
-    refused(capsys, flags, "resona diverged at step 6", "nan", "--lr")
-    state = torch.load(tmp_path / "resona.train.pt", weights_only=True)
-    assert len(state["losses"]) == 4 and all(x.isfinite().all() for x in state["weights"].values())
-    train_toy.main([*flags, "--resume"])  # this time it does not happen
-    capsys.readouterr()
-    refused(capsys, [*flags, "--lr", "1e9"], "diverged")
-
-
-# --------------------------------------------------------------------------------------- tutorial.ipynb
-# To run the notebook and store its outputs: STORE_NOTEBOOK=1 python -m pytest -k notebook_runs
-NOTEBOOK = HERE / "tutorial.ipynb"
-
-
-def outputs_of(cell):
-    """[(kind, name of the stream or formats)]; prints that follow each other count as one."""
-    kinds = []
-    for output in cell["outputs"]:
-        kind = (output["output_type"], output.get("name") or tuple(sorted(output.get("data", {}))))
-        if kind[0] != "stream" or kinds[-1:] != [kind]:
-            kinds.append(kind)
-    return kinds
-
-
-def test_notebook_is_stored_as_it_ran_from_top_to_bottom():
-    raw = NOTEBOOK.read_text(encoding="utf-8")
-    every = json.loads(raw)["cells"]
-    cells = [cell for cell in every if cell["cell_type"] == "code"]
-    assert len(every) <= 28 and all(len(line.rstrip()) <= 120 for cell in every for line in cell["source"])
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    kinds = [kind for cell in cells for kind in outputs_of(cell)]
-    assert "error" not in {kind for kind, _ in kinds} and ("stream", "stderr") not in kinds
-    pictures = [output["data"]["image/png"] for cell in cells for output in cell["outputs"]
-                if "image/png" in output.get("data", {})]
-    widths = [int.from_bytes(base64.b64decode(picture)[16:20], "big") for picture in pictures]
-    assert widths == [900] * 9
-    assert not re.search(r"/(root|home|Users|tmp)/|[A-Z]:\\\\", raw)  # absolute paths
-
-
-def test_notebook_runs(tmp_path):
-    """From top to bottom in a fresh kernel, in a folder that holds the three sources and what it loads."""
-    for name in ("matplotlib", "ipykernel"):
-        pytest.importorskip(name)
-    nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
-    results = Path("evidence") / "results"
-    given = [Path(name) for name in ("resona.py", "train_toy.py", "kernels.py")]
-    given += [path.relative_to(HERE) for start in ("limit", "parts") for path in (HERE / results).glob(start + "*")]
-    (tmp_path / results).mkdir(parents=True)
-    for path in given:
-        assert (HERE / path).stat().st_size < 2**20
-        shutil.copy(HERE / path, tmp_path / path)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    stored = [outputs_of(cell) for cell in cells]
-    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False,
-                            resources={"metadata": {"path": str(tmp_path)}}).execute()  # raises CellExecutionError
-    files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    assert files == {*given}  # it writes none
-    if os.environ.get("STORE_NOTEBOOK"):
-        nbformat.write(notebook, NOTEBOOK)
-    else:  # the same outputs, if not the same times in them
-        assert [outputs_of(cell) for cell in cells] == stored
+def test_lists_are_the_same_however_chunks_came(few_chunks_make_lists):
+    c = F.normalize(torch.randn(2, 30, 4), dim=-1)
+    whole = update_lists(c, 3)
+    assert whole is not None
+    grown = None
+    for n in range(1, 31):
+        grown = update_lists(c[:, :n], 3, grown)
+        at_once = update_lists(c[:, :n], 3)
+        if n < 6:  # SAMPLE·nlist
+            assert grown is None and at_once is None
+            continue
+        for lists in (grown, at_once):
+            assert lists is not None and lists.member.shape == (2, n)
+            finished = update_lists(c, 3, lists)
+            assert finished is not None
+            assert torch.equal(finished.centroids, whole.centroids)
+            assert torch.equal(finished.threshold, whole.threshold)
+            assert torch.equal(finished.member, whole.member)

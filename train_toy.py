@@ -1,17 +1,35 @@
-"""Train a recurrence, the same recurrence with retrieval, and a Transformer to copy strings; then compare them.
+"""Train a recurrence, the same recurrence with retrieval, and a Transformer to copy strings.
 
-    python train_toy.py                                    # all three, in two minutes on two cores
-    python train_toy.py --task bilingual                   # a task that needs the recurrence and retrieval
-    python train_toy.py --resume                           # go on after Ctrl-C or a crash
-    torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes, or GPUs
+    python train_toy.py                                    # all three: two minutes on two cores
+    python train_toy.py --task bilingual                   # a task for both halves of Resona
+    python train_toy.py --resume                           # continue after Ctrl-C or a crash
+    torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes
 
-Writes to --out: results.json; <model>.pt for Resona.load (a Transformer's once this file is imported); <model>.train.pt
-for --resume. On one CPU, with as many threads, the same flags give the same numbers, bit for bit.
+At the end stand a table of accuracies and one string written out by each model. Files in --out:
+
+    results.json      accuracies, training times, parameter counts
+    copy.png          accuracy by length (needs matplotlib)
+    <model>.pt        trained weights, for Resona.load (for the Transformer, import this file first)
+    <model>.train.pt  the state of the training, for --resume
+
+On one CPU, the same flags and the same number of threads give the same numbers, bit for bit.
 """
 
-import argparse, io, json, os, shlex, sys, time
+import argparse
+import io
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Protocol
+
+# Idle OpenMP threads sleep instead of spinning: on a busy machine training is 2 to 20 times faster.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -19,302 +37,870 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from resona import BACKBONES, Resona, ResonaConfig, append
+from resona import BACKBONES, GrowingRows, Resona, ResonaConfig
+
+# ==================================================================================================
+# Hyper-parameters. The size of the models is ResonaConfig's default; see resona.py.
 
 MODELS = ("recurrence", "resona", "transformer")
-BATCH = 16                                        # rows a step
-WARMUP = 20                                       # steps of a rising learning rate; then it falls in a line to zero
-BETAS, DECAY, CLIP = (0.9, 0.99), 0.01, 1.0       # AdamW's; the longest gradient
-IGNORE = -100                                     # the target where nothing is scored
-START, SEPARATOR, END = 26, 27, 28                # $ | . in the drawings, after the letters 0..25
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
-UserError = argparse.ArgumentTypeError            # a mistake of the user's, or of the machine: one line and status 2
+
+# training
+BATCH = 16  # rows per step
+ROW = 220  # tokens per row of copying
+WARMUP = 19  # steps of linear warm-up to the peak learning rate; then linear decay to zero
+BETAS = (0.9, 0.99)  # AdamW
+DECAY = 0.01  # weight decay
+CLIP = 1.0  # longest gradient
+SAVE_EVERY = 100  # steps between saves for --resume
+
+# copying
+COPY_STEPS = 400  # enough for all but the recurrence to level off at 32 letters
+COPY_LR = {"recurrence": 1.9e-2, "resona": 2.85e-3, "transformer": 9.5e-3}  # at the peak
+COPY_CONFIG = {"chunk_size": 2}  # changes to ResonaConfig: a finer search, for long strings
+COPY_LETTERS = (4, 32)  # shortest and longest string of the training
+COPY_TESTS = [32, 64, 128, 256, 512]  # letters per string
+SAMPLE = 40  # letters of the string that is written out at the end
+
+# bilingual
+BILINGUAL_STEPS = 800
+BILINGUAL_LR = {"recurrence": 2e-3, "resona": 6e-3, "transformer": 6e-3}  # at the peak
+BILINGUAL_CONFIG = {"chunk_size": 2}
+BILINGUAL_ENTRIES = (4, 16)  # smallest and largest dictionary of the training
+BILINGUAL_TESTS = [16, 32]  # entries per dictionary
+
+# ==================================================================================================
+# Fixed things
+
+IGNORE = -100  # the target of a token that is not scored
+START, SEPARATOR, END = 26, 27, 28  # $ | . in the drawings; letters are 0 to 25
+ALPHABET = "abcdefghijklmnopqrstuvwxyz$|._"  # as printed; the last one is padding, never used
+
+# torchrun sets these; without it there is one process
+RANK = int(os.environ.get("RANK", 0))  # number of this process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", RANK))  # number of this process on its machine
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", LOCAL_RANK + 1))  # processes on this machine
+
+UserError = argparse.ArgumentTypeError  # becomes one line and exit status 2
 Rng = np.random.Generator
-Rows = tuple[np.ndarray, np.ndarray]              # inputs and targets; or tokens, and which of them are scored
+Rows = tuple[np.ndarray, np.ndarray]  # inputs and targets, each (rows, length), int64
+Scored = tuple[np.ndarray, np.ndarray]  # tokens, and which of them are scored, each (length,)
 
 
-# ------------------------------------------------------------------------------------------- the two tasks
-class Copying:
-    """Strings of 4 to 32 random letters (Jelassi et al., arXiv 2402.01032), tested up to 16 times the longest."""
+class Task(Protocol):
+    """What a task must offer. Its rows come from `rng` alone, so a seed fixes them."""
 
-    vocab_size = 30             # the reference's, with a token for padding, which no row here needs
-    unit, lengths = "letters", [32, 64, 128, 256, 512]  # of the strings in the tests
-    lr = {"recurrence": 2e-2, "resona": 3e-3, "transformer": 1e-2}  # each model's best of a sweep
-    steps = 400                 # by then all have levelled off at 32 letters, but the recurrence
-    config = {"chunk_size": 2}  # where it is not ResonaConfig's default: a finer search, for strings of 512 letters
+    vocab_size: int
+    unit: str  # of the test lengths, for the table
+    lengths: Any  # of the tests, a list of integers
+    lr: dict[str, float]  # model -> peak learning rate
+    steps: int
+    config: dict[str, Any]  # changes to ResonaConfig's defaults
 
     def batch(self, rng: Rng) -> Rows:
-        return packed(rng, copy_string, 4, 32)
+        """One batch to train on."""
+        ...
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
-        rows = [copy_string(rng, length) for _ in range(min(128, max(16, 4096 // length)))]
-        return {str(length): shift(*zip(*rows))}
+        """The tests of one length, by name."""
+        ...
 
 
-def copy_string(rng: Rng, length: int) -> Rows:
-    """One string of `length` letters, to be copied, and which of its tokens are scored.
-
-        tokens  $ c a t | c a t .
-        scored  0 0 0 0 0 1 1 1 1"""
-    x = rng.integers(0, 26, length)
-    tokens = np.concatenate([[START], x, [SEPARATOR], x, [END]])
-    return tokens, np.arange(len(tokens)) >= length + 2
+# ==================================================================================================
+# First task: copying
 
 
-def packed(rng: Rng, draw: Callable[[Rng, int], Rows], shortest: int, longest: int, row: int = 220) -> Rows:
-    """A batch of rows, each packed with strings that draw(rng, length) gives, of random lengths: they train the search
-    better than one string a row. The last one, if it does not fit to its end, is cut off there and not scored.
+class Copying:
+    """Copy strings of random letters (Jelassi et al., arXiv 2402.01032).
 
-        inputs   $ c a t | c a t . $ o w l s | o      and w was cut off
-        targets  - - - - c a t . - - - - - - - -      the next token of each, - where nothing is scored"""
-    rows = []
+    Training strings have 4 to 32 letters, test strings up to 16 times as many.
+    """
+
+    vocab_size = len(ALPHABET)
+    unit = "letters"
+    lengths = COPY_TESTS
+    lr = COPY_LR
+    steps = COPY_STEPS
+    config: dict[str, Any] = COPY_CONFIG
+
+    def batch(self, rng: Rng) -> Rows:
+        shortest, longest = COPY_LETTERS
+        return packed(rng, copy_string, shortest, longest)
+
+    def test(self, rng: Rng, length: int) -> dict[str, Rows]:
+        """At least 16 strings, at most 128, of some 4096 letters together; one string per row."""
+        n_rows = min(128, max(16, 4096 // length))
+        strings = [copy_string(rng, length) for _ in range(n_rows)]
+        tokens = [string[0] for string in strings]
+        scored = [string[1] for string in strings]
+        return {str(length): shift(tokens, scored)}
+
+
+def copy_string(rng: Rng, length: int) -> Scored:
+    """A string of `length` letters and its copy -> tokens, scored: (2·length + 3,)
+
+    tokens  $ c a t | c a t .
+    scored  0 0 0 0 0 1 1 1 1
+    """
+    letters = rng.integers(0, 26, length)
+    tokens = np.concatenate([[START], letters, [SEPARATOR], letters, [END]])
+    scored = np.arange(len(tokens)) >= length + 2
+    return tokens, scored
+
+
+def packed(
+    rng: Rng,
+    draw: Callable[[Rng, int], Scored],
+    shortest: int,
+    longest: int,
+    row: int = ROW,
+) -> Rows:
+    """A batch of rows, each filled with strings of random lengths -> inputs, targets: (BATCH, row)
+
+    Rows with several strings train the search better than rows with one. The last string of a row
+    is cut off, and then it is not scored:
+
+    inputs   $ c a t | c a t . $ o w l s | o
+    targets  - - - - c a t . - - - - - - - -    the next token, - where nothing is scored
+    """
+    tokens = []
+    scored = []
     for _ in range(BATCH):
-        tokens, scored = np.empty(0, int), np.empty(0, bool)
-        while len(tokens) <= row:
-            more, answer = draw(rng, rng.integers(shortest, longest + 1))
-            fits = len(tokens) + len(more) <= row + 1
-            tokens, scored = np.append(tokens, more), np.append(scored, answer & fits)
-        rows.append((tokens[:row + 1], scored[:row + 1]))
-    return shift(*zip(*rows))
+        row_tokens, row_scored = packed_row(rng, draw, shortest, longest, row + 1)
+        tokens.append(row_tokens)
+        scored.append(row_scored)
+    return shift(tokens, scored)
 
 
-def shift(tokens: np.ndarray, scored: np.ndarray) -> Rows:
-    """Rows of tokens, and which are scored -> inputs, targets: the next token of each."""
-    tokens, scored = np.asarray(tokens, dtype=np.int64), np.asarray(scored)
-    return tokens[:, :-1], np.where(scored[:, 1:], tokens[:, 1:], IGNORE)
+def packed_row(
+    rng: Rng, draw: Callable[[Rng, int], Scored], shortest: int, longest: int, size: int
+) -> Scored:
+    """One row of strings -> tokens, scored: (size,)"""
+    tokens = np.empty(0, dtype=np.int64)
+    scored = np.empty(0, dtype=bool)
+    while len(tokens) < size:
+        length = int(rng.integers(shortest, longest + 1))
+        more_tokens, more_scored = draw(rng, length)
+        fits = len(tokens) + len(more_tokens) <= size
+        tokens = np.append(tokens, more_tokens)
+        scored = np.append(scored, more_scored & fits)
+    return tokens[:size], scored[:size]
+
+
+def shift(tokens: Any, scored: Any) -> Rows:
+    """Tokens and which are scored, each (rows, L + 1) -> inputs, targets: (rows, L)
+
+    The target of a token is the next one, or IGNORE if that one is not scored.
+    """
+    tokens = np.asarray(tokens, dtype=np.int64)
+    scored = np.asarray(scored)
+    inputs = tokens[:, :-1]
+    targets = np.where(scored[:, 1:], tokens[:, 1:], IGNORE)
+    return inputs, targets
+
+
+# ==================================================================================================
+# Second task: a bilingual dictionary
 
 
 class Bilingual:
-    """A task for both halves. A dictionary: words, each with its translations into two languages. Then questions: words
-    from it and, in the place of one in `stay`, a sign that says into which language to translate from there on.
+    """Translate words with a dictionary, into the language that was last asked for.
 
-        inputs   b K S  a O T  f M O  2  a b b f 1  a f    letters: words 0..31; capitals: translations 32..63;
-        targets  - - -  - - -  - - -  -  T S S O -  O M    1, 2: signs 64, 65; - nothing is scored
-    A state of fixed size keeps the language but not the dictionary; retrieval finds the word but not which of two
-    signs, seen many times, came last. Languages are drawn anew at each sign; a model never sees what it answers."""
+    A row starts with a dictionary: words, each with its translations into two languages. Then come
+    questions: a word of the dictionary or, about once in `stay` tokens, a sign that says into which
+    language to translate from there on.
 
-    vocab_size = 66  # 32 words, 32 translations that both languages share, two signs
-    unit, lengths = "entries", [16, 32]  # of the tests; "long": four times the questions, a sign four times as rare
-    lr = {"recurrence": 2e-3, "resona": 6e-3, "transformer": 6e-3}
-    steps, config = 800, {"chunk_size": 2}
+    inputs   b K S  a O T  f M O  2  a b b f 1  a f    small letters: words, tokens 0 to 31
+    targets  - - -  - - -  - - -  -  T S S O -  O M    capitals: translations, tokens 32 to 63
+                                                       1, 2: signs, tokens 64 and 65
+                                                       -: nothing is scored
+
+    A state of fixed size can carry the language but not the dictionary. Retrieval finds the word,
+    but not which of two signs, each seen many times, came last. Answers are never shown.
+    """
+
+    vocab_size = 66
+    unit = "entries"
+    lengths = BILINGUAL_TESTS
+    lr = BILINGUAL_LR
+    steps = BILINGUAL_STEPS
+    config: dict[str, Any] = BILINGUAL_CONFIG
 
     def batch(self, rng: Rng) -> Rows:
-        return self.rows(rng, BATCH, rng.integers(4, 17))
+        smallest, largest = BILINGUAL_ENTRIES
+        entries = int(rng.integers(smallest, largest + 1))
+        return self.rows(rng, BATCH, entries)
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
+        """The usual rows; and "long": four times the questions, signs four times as rare."""
         if length > 32:
-            raise UserError(f"--lengths: there are 32 words, got {length}")
-        return {str(length): self.rows(rng, 64, length),
-                f"{length} long": self.rows(rng, 32, length, questions=192, stay=64)}
+            raise UserError(f"--lengths: bilingual has 32 words, got {length}")
+        usual = self.rows(rng, 64, length)
+        long = self.rows(rng, 32, length, questions=192, stay=64)
+        return {str(length): usual, f"{length} long": long}
 
     def rows(self, rng: Rng, rows: int, entries: int, questions: int = 48, stay: int = 16) -> Rows:
-        inputs, targets = [], []
+        """-> inputs, targets: (rows, 3·entries + questions)"""
+        inputs = []
+        targets = []
         for _ in range(rows):
-            words, book = rng.permutation(32)[:entries], rng.integers(32, 64, (2, 32))  # book: (language, word)
-            asked, language = rng.choice(words, questions), rng.integers(0, 2, questions)
-            sign = np.append(True, rng.random(questions)[1:] < 1 / stay)
-            language = language[np.maximum.accumulate(np.arange(questions) * sign)]  # that of the last sign
-            inputs.append([*np.stack([words, *book[:, words]], 1).flat, *np.where(sign, 64 + language, asked)])
-            targets.append([IGNORE] * 3 * entries + [*np.where(sign, IGNORE, book[language, asked])])
+            row_inputs, row_targets = bilingual_row(rng, entries, questions, stay)
+            inputs.append(row_inputs)
+            targets.append(row_targets)
         return np.array(inputs), np.array(targets)
 
 
-# ----------------------------------------------------------------------------- three models of equal size
+def bilingual_row(rng: Rng, entries: int, questions: int, stay: int) -> Rows:
+    """One row -> inputs, targets: (3·entries + questions,)"""
+    # 1. the dictionary
+    words = rng.permutation(32)[:entries]
+    translation = rng.integers(32, 64, (2, 32))  # (language, word)
+    dictionary = np.stack([words, translation[0, words], translation[1, words]], axis=1)
+
+    # 2. the questions: a word each, and a language that only counts where there is a sign
+    asked = rng.choice(words, questions)
+    drawn_language = rng.integers(0, 2, questions)
+    is_sign = rng.random(questions) < 1 / stay
+    is_sign[0] = True
+
+    # 3. the language in force at each question: that of the last sign
+    place = np.arange(questions)
+    last_sign = np.maximum.accumulate(np.where(is_sign, place, 0))
+    language = drawn_language[last_sign]
+
+    # 4. the row
+    inputs = np.where(is_sign, 64 + language, asked)
+    targets = np.where(is_sign, IGNORE, translation[language, asked])
+    unscored = np.full(dictionary.size, IGNORE)
+    return np.concatenate([dictionary.flatten(), inputs]), np.concatenate([unscored, targets])
+
+
+# ==================================================================================================
+# Three models of equal size
+
+
 class CausalAttention(nn.Module):
-    """The Transformer: causal attention, rotary positions (arXiv 2104.09864). Its state grows: all keys and values."""
+    """The Transformer's backbone: causal attention with rotary positions (arXiv 2104.09864).
+
+    Same call as a recurrence, but its state, all keys and values so far, grows with the text.
+    """
 
     def __init__(self, d_model: int, n_head: int = 4):
         super().__init__()
         self.n_head = n_head
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, u: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple]:
-        L, past = u.shape[1], 0 if state is None else state[0].shape[1]
-        q, k, v = self.qkv(u).unflatten(2, (3, self.n_head, -1)).unbind(2)  # (B, L, H, E)
-        q, k = self.rotate(q, past), self.rotate(k, past)
-        k, v = (append(state[0], k), append(state[1], v)) if past else (k, v)
-        mask = torch.ones(L, past + L, dtype=torch.bool, device=u.device).tril(past) if past and L > 1 else None
-        y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, is_causal=not past)
-        return self.output(y.transpose(1, 2).flatten(2)), (k, v)
+    def forward(
+        self, u: Tensor, state: tuple[GrowingRows, GrowingRows] | None = None
+    ) -> tuple[Tensor, tuple[GrowingRows, GrowingRows]]:
+        """u: (B, L, D) -> y: (B, L, D), and the keys and values so far, each (B, past + L, H, E)"""
+        L = u.shape[1]
+        past = 0
+        if state is not None:
+            past = state[0].tensor.shape[1]
+
+        # 1. queries, keys, values
+        qkv = self.qkv_proj(u).unflatten(2, (3, self.n_head, -1))  # (B, L, 3, H, E)
+        q, k, v = qkv.unbind(2)  # (B, L, H, E)
+        q = self.rotate(q, past)
+        k = self.rotate(k, past)
+
+        # 2. the keys and values so far
+        if state is None:
+            keys, values = GrowingRows(k), GrowingRows(v)
+        else:
+            keys, values = state[0].append(k), state[1].append(v)
+
+        # 3. attend; a lone new token sees everything and needs no mask
+        mask = None
+        if past > 0 and L > 1:
+            visible = torch.ones(L, past + L, dtype=torch.bool, device=u.device)
+            mask = visible.tril(past)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys.tensor.transpose(1, 2),
+            values.tensor.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=past == 0,
+        )  # (B, H, L, E)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (keys, values)
 
     def rotate(self, x: Tensor, past: int) -> Tensor:
-        """Turn each pair of channels of x: (B, L, H, E) by an angle proportional to its position."""
-        x1, x2 = x.chunk(2, dim=-1)
-        position, pair = (torch.arange(n, device=x.device) for n in (past + x.shape[1], x1.shape[3]))
-        angle = position[past:, None, None] * 10000.0 ** (-pair / len(pair))  # (L, 1, E/2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        """Turn each pair of channels of x: (B, L, H, E) by an angle that grows with position."""
+        x1, x2 = x.chunk(2, dim=-1)  # (B, L, H, E/2)
+        position = torch.arange(past, past + x.shape[1], device=x.device)
+        pair = torch.arange(x1.shape[3], device=x.device)
+        frequency = 10000.0 ** (-pair / len(pair))
+        angle = position[:, None, None] * frequency  # (L, 1, E/2)
+        cos = angle.cos().to(x.dtype)
+        sin = angle.sin().to(x.dtype)
         return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-def count(model: Resona) -> int:
+BACKBONES["transformer"] = CausalAttention  # where ResonaConfig and Resona.load look names up
+
+
+def count(model: nn.Module) -> int:
+    """The number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def make_model(name: str, backbone: str, task: Any, retrieval: Any = False, count: Callable = count) -> Resona:
-    """All have the same depth, the same width of short convolution and, within 1 %, the same number of parameters:
-    what Resona spends on retrieval the others spend on d_model, and so on a larger state. They are as wide as leaves
-    room for an MLP of 1.5 times that width; then d_ff makes the sizes equal."""
+def make_model(
+    name: str,
+    backbone: Any,
+    task: Task,
+    retrieval: Any = False,
+    size_of: Callable[[Resona], int] = count,
+) -> Resona:
+    """A new model: "resona", "recurrence" (Resona without retrieval), or the name of a backbone.
+
+    All have the same depth, the same short convolution and, within 1 %, the same number of
+    parameters. What Resona spends on retrieval the others spend on width, and so on a larger state:
+    they get the largest d_model that leaves room for an MLP of 1.5 times that width, and the d_ff
+    that makes the sizes equal.
+    """
+
     def build(**fields: Any) -> Resona:
-        return Resona(ResonaConfig(task.vocab_size, **{"backbone": backbone, **task.config, **fields}))
+        fields = {"backbone": backbone, **task.config, **fields}
+        return Resona(ResonaConfig(task.vocab_size, **fields))
+
     if name == "resona":
         return build()
-    other = {"backbone": backbone if name == "recurrence" else name, "retrieval": retrieval}
-    with torch.device("meta"):  # shapes without memory, to count
-        size = count(build())
-        d_model = max(D for D in range(8, 256, 8) if count(build(d_model=D, d_ff=int(1.5 * D), **other)) <= size)
-        one, two = (count(build(d_model=d_model, d_ff=d_ff, **other)) for d_ff in (1, 2))
-    return build(d_model=d_model, d_ff=1 + round((size - one) / (two - one)), **other)
+    other = {"backbone": name, "retrieval": retrieval}
+    if name == "recurrence":
+        other["backbone"] = backbone
+
+    with torch.device("meta"):  # models without memory, only to count
+        size = size_of(build())
+        d_model = 8
+        while size_of(build(d_model=d_model + 8, d_ff=int(1.5 * (d_model + 8)), **other)) <= size:
+            d_model += 8
+        with_one = size_of(build(d_model=d_model, d_ff=1, **other))
+        with_two = size_of(build(d_model=d_model, d_ff=2, **other))
+    d_ff = 1 + round((size - with_one) / (with_two - with_one))
+    return build(d_model=d_model, d_ff=d_ff, **other)
 
 
-# ------------------------------------------------------------------------------- training and evaluation
-def train(name: str, model: Resona, task: Any, args: argparse.Namespace) -> float:
-    """Train on the same batches as every other model of this seed -> seconds. Goes on from a saved state."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=DECAY)
-    rng, path = np.random.default_rng([args.seed, 0]), args.out / f"{name}.train.pt"
-    run = f"{args.task}, {task.steps} steps, lr {task.lr[name]}, seed {args.seed}, {WORLD} process(es), {model.config}"
-    losses, seconds = restore(path, run, model, optimizer, rng) if args.resume and path.exists() else ([], 0.0)
-    start, done = time.perf_counter() - seconds, len(losses)
-    bar = tqdm(range(done, task.steps), name, task.steps, initial=done, ncols=100, unit="step", disable=RANK > 0)
+# ==================================================================================================
+# Training
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then linear decay that ends at zero after the last step."""
+    warmup = min(WARMUP, steps // 2)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (steps - step) / (steps - warmup)
+
+
+def train(name: str, model: Resona, task: Task, args: argparse.Namespace) -> float:
+    """Train a model and save it to <out>/<name>.pt -> seconds of training.
+
+    Every model of a seed sees the same batches. With args.resume, continues from the last save.
+    """
+    optimizer = make_optimizer(model, args.device)
+    rng = np.random.default_rng([args.seed, 0])
+    peak = task.lr[name]
+    path = args.out / f"{name}.train.pt"
+    run = f"{args.task}, {task.steps} steps, lr {peak}, seed {args.seed}, {WORLD} process(es)"
+    run = f"{run}, {model.config}"
+    losses: list[float] = []
+    seconds = 0.0
+    if args.resume and path.exists():
+        losses, seconds = restore(path, run, model, optimizer, rng)
+    start = time.perf_counter() - seconds
+
+    bar = progress_bar(name, len(losses), task.steps)
     for step in bar:
-        lr = task.lr[name] * min((step + 1) / WARMUP, 1 - step / task.steps)
-        inputs, targets = (torch.as_tensor(x, device=args.device) for x in task.batch(rng))
+        # 1. one update
+        lr = learning_rate(step, task.steps, peak)
+        inputs, targets = to_device(task.batch(rng), args.device)
         loss, accuracy = train_step(model, optimizer, lr, inputs, targets)
-        if not np.isfinite(loss):
-            raise UserError(f"{name} diverged at step {step + 1}: its loss is {loss}; try --lr below {task.lr[name]:g}")
+
+        # 2. report
+        if not math.isfinite(loss):
+            diverged = f"{name} diverged at step {step + 1}: its loss is {loss}"
+            raise UserError(f"{diverged}; try --lr below {peak:g}")
         losses.append(loss)
         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}", refresh=False)
+
+        # 3. save
         if (step + 1) % args.save_every == 0 or step + 1 == task.steps:
-            state = {"run": run, "losses": losses, "seconds": time.perf_counter() - start,
-                     "rng": rng.bit_generator.state, "weights": model.state_dict(), "optimizer": optimizer.state_dict()}
-            write(path, lambda file: torch.save(state, file))
+            seconds = time.perf_counter() - start
+            save_training(path, run, losses, seconds, model, optimizer, rng)
+
     write(args.out / f"{name}.pt", model.save)
     return time.perf_counter() - start
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, inputs: Tensor, targets: Tensor) -> tuple:
-    """One update -> loss and accuracy before it, over the scored tokens. No update, and a loss that is not finite, if
-    either the loss or its gradient is not."""
+def make_optimizer(model: nn.Module, device: str) -> torch.optim.Optimizer:
+    """AdamW. On a GPU it is fused: a few launches per step instead of hundreds."""
+    fused = True if device.startswith("cuda") else None
+    return torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=DECAY, fused=fused)
+
+
+def to_device(rows: Rows, device: str) -> tuple[Tensor, Tensor]:
+    inputs, targets = rows
+    return torch.as_tensor(inputs, device=device), torch.as_tensor(targets, device=device)
+
+
+def progress_bar(name: str, done: int, steps: int) -> tqdm:
+    """Counts the steps from `done` on; only the first of several processes shows it."""
+    return tqdm(
+        range(done, steps),
+        desc=f"{name:<11}",
+        initial=done,
+        total=steps,
+        ncols=100,
+        unit="step",
+        disable=RANK > 0,
+    )
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    inputs: Tensor,
+    targets: Tensor,
+) -> tuple[float, float]:
+    """One update -> loss and accuracy before it, over the scored tokens of the whole batch.
+
+    inputs, targets: (rows, length), of which each process takes its share. If the loss or its
+    gradient is not finite, the weights stay as they are and the loss returned is not finite.
+    """
     optimizer.param_groups[0]["lr"] = lr
-    scored = (targets != IGNORE).sum()  # in the whole batch, of which each process takes its rows
-    inputs, targets = inputs[RANK::WORLD], targets[RANK::WORLD]
+    n_scored = (targets != IGNORE).sum()  # in the whole batch, not only in the share
+    if WORLD > 1:
+        inputs = inputs[RANK::WORLD]
+        targets = targets[RANK::WORLD]
+
+    # 1. forward and backward
     logits, _ = model(inputs)  # (rows, length, vocab_size)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum") / scored
+    loss_sum = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    loss = loss_sum / n_scored
     optimizer.zero_grad()
     loss.backward()
-    found = torch.stack([loss.detach(), (logits.argmax(-1) == targets).sum() / scored])
-    for part in [found, *(p.grad for p in model.parameters() if p.grad is not None)] if WORLD > 1 else ():
-        distributed.all_reduce(part)  # the sum over all processes
+    accuracy = (logits.argmax(-1) == targets).sum() / n_scored
+    report = torch.stack([loss.detach(), accuracy])  # (2,)
+
+    # 2. the sum over all processes
+    if WORLD > 1:
+        distributed.all_reduce(report)
+        all_reduce_gradients(model)
+
+    # 3. update; reading the report is the only wait for a GPU
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    found[0] += 0 * norm  # which is 0, or NaN
-    if found[0].isfinite():
+    report[0] += 0 * norm  # adds 0, or NaN where the gradient is not finite
+    loss_value, accuracy_value = report.tolist()
+    if math.isfinite(loss_value):
         optimizer.step()
-    return tuple(found.tolist())
+    return loss_value, accuracy_value
+
+
+def all_reduce_gradients(model: nn.Module) -> None:
+    """Sum every gradient over the processes.
+
+    A parameter that one process did not use, say in rows shorter than a chunk, has no gradient
+    there. It takes part with zeros, for otherwise the others would wait for it forever.
+    """
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        distributed.all_reduce(parameter.grad)
+
+
+# ==================================================================================================
+# Files
 
 
 def write(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
-    """Write a new file beside path, flush it to the disk, then rename: whenever we are killed, path is whole."""
-    if RANK == 0:
-        save(data := io.BytesIO())  # into memory: on a full disk torch.save fails less clearly than write
-        with open(new := f"{path}.new", "wb") as file:
-            file.write(data.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+    """Let `save` write to a buffer and the buffer to `path`, which is whole whenever we are killed.
+
+    A new file beside it is flushed to the disk, then renamed. The buffer is there because on a full
+    disk torch.save fails less clearly than write does. Of several processes the first one writes.
+    """
+    if RANK > 0:
+        return
+    buffer = io.BytesIO()
+    save(buffer)
+    new = Path(f"{path}.new")
+    with open(new, "wb") as file:
+        file.write(buffer.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
 
 
-def restore(path: Path, run: str, model: Resona, optimizer: torch.optim.Optimizer, rng: Rng) -> tuple:
-    """Put back what train wrote in the same run -> losses of all steps done, seconds. Runs no code in the file."""
+def save_training(
+    path: Path,
+    run: str,
+    losses: list[float],
+    seconds: float,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng: Rng,
+) -> None:
+    """Write all that restore needs to continue bit for bit."""
+    state = {
+        "run": run,
+        "losses": losses,
+        "seconds": seconds,
+        "rng": rng.bit_generator.state,
+        "weights": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    write(path, lambda file: torch.save(state, file))
+
+
+def restore(
+    path: Path, run: str, model: nn.Module, optimizer: torch.optim.Optimizer, rng: Rng
+) -> tuple[list[float], float]:
+    """Read what save_training wrote in the same run -> losses of the steps done, seconds."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in the file
         if saved["run"] != run:
             raise ValueError(f"it is of another run: {saved['run']}; this one: {run}")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         rng.bit_generator.state = saved["rng"]
         return saved["losses"], saved["seconds"]
-    except Exception as error:
-        raise UserError(f"--resume cannot use {path}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # torch.load has many
+        message = f"--resume cannot use {path}: {type(error).__name__}: {error}"
+        raise UserError(message) from error
+
+
+# ==================================================================================================
+# Evaluation
 
 
 @torch.no_grad()
-def evaluate(model: Resona, rows: Rows, device: str, top_k: int | None = None) -> dict[str, float]:
-    """Share of the scored tokens that were the likeliest, fed the true ones before them; share of rows all right."""
-    parts = zip(*(torch.as_tensor(x, device=device).split(max(1, 16384 // x.shape[1])) for x in rows))
-    right = torch.cat([model(x, None, top_k)[0].argmax(-1) == y for x, y in parts]).cpu()
+def evaluate(
+    model: nn.Module, rows: Rows, device: str, top_k: int | None = None
+) -> dict[str, float]:
+    """Teacher-forced accuracy: each prediction is made from the true tokens before it.
+
+    "token_accuracy": share of the scored tokens that were predicted; "sequence_accuracy": share of
+    the rows with every scored token right.
+    """
+    inputs, targets = to_device(rows, device)
+    rows_at_once = max(1, 16384 // inputs.shape[1])
+    parts = []
+    for start in range(0, len(inputs), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        logits, _ = model(inputs[part], None, top_k)
+        parts.append(logits.argmax(-1) == targets[part])
+    right = torch.cat(parts).cpu()  # (rows, length)
     scored = torch.as_tensor(rows[1] != IGNORE)
-    return {"token_accuracy": right[scored].float().mean().item(),
-            "sequence_accuracy": (right | ~scored).all(1).float().mean().item()}
+    return {
+        "token_accuracy": right[scored].float().mean().item(),
+        "sequence_accuracy": (right | ~scored).all(1).float().mean().item(),
+    }
 
 
-def compare(args: argparse.Namespace, task: Any) -> None:
-    """Train and test every model; write results.json, print the table."""
-    report: dict = {"task": args.task, "seed": args.seed, "device": args.device, "torch": torch.__version__,
-                    "train_seconds": {}, "parameters": {}, "results": {}}
-    tests = {test: rows for length in sorted(task.lengths)
-             for test, rows in task.test(np.random.default_rng([args.seed, 1, length]), length).items()}
-    table = ["", f"{'tokens right, by ' + task.unit:<40}" + "".join(f"{test:>10}" for test in tests)]
-    for name in MODELS if args.model == "all" else [args.model]:
+def compare(args: argparse.Namespace, task: Task) -> None:
+    """Train and test every model; write results.json and the picture; print table and sample."""
+    tests = draw_tests(task, args.seed)
+    string = np.random.default_rng([args.seed, 3]).integers(0, 26, SAMPLE)
+    names = MODELS if args.model == "all" else (args.model,)
+    seconds: dict[str, float] = {}
+    parameters: dict[str, int] = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    sample: list[str] = []
+
+    threads = torch.get_num_threads()
+    say(f"Training each model for {task.steps} steps on {args.device} (CPU threads: {threads})")
+    for name in names:
         torch.manual_seed(args.seed)
         model = make_model(name, args.backbone, task).to(args.device)
-        report["train_seconds"][name], report["parameters"][name] = train(name, model, task, args), count(model)
-        report["results"][name] = scores = {test: evaluate(model, rows, args.device) for test, rows in tests.items()}
-        cells = "".join(f"{score['token_accuracy']:>10.3f}" for score in scores.values())
-        table.append(f"{name:<20}{count(model):>9,} parameters{cells}")
-    write(args.out / "results.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
+        seconds[name] = train(name, model, task, args)
+        parameters[name] = count(model)
+        results[name] = {test: evaluate(model, rows, args.device) for test, rows in tests.items()}
+        if args.task == "copy":
+            sample += sample_lines(name, model, string)
+
+    report = {
+        "task": args.task,
+        "seed": args.seed,
+        "device": args.device,
+        "torch": torch.__version__,
+        "train_seconds": seconds,
+        "parameters": parameters,
+        "results": results,
+    }
+    text = json.dumps(report, indent=1)
+    write(args.out / "results.json", lambda file: file.write(text.encode()))
+    say("", *table(report, task))
+    if sample:
+        say("", *sample_heading(string), *sample)
+    say("", draw(args.out / f"{args.task}.png", report, task))
+    say(f"Results and trained models are in {args.out}")
+
+
+def draw_tests(task: Task, seed: int) -> dict[str, Rows]:
+    """The tests of all lengths, by name. Each length has random numbers of its own."""
+    tests: dict[str, Rows] = {}
+    for length in sorted(task.lengths):
+        rng = np.random.default_rng([seed, 1, length])
+        tests.update(task.test(rng, length))
+    return tests
+
+
+def say(*lines: str) -> None:
+    """Print lines; of several processes the first one speaks."""
     if RANK == 0:
-        print(*table, f"\n{args.device}, {torch.get_num_threads()} threads; written to {args.out}", sep="\n")
+        print(*lines, sep="\n", flush=True)
 
 
-# -------------------------------------------------------------------------------------------- command line
+def table(report: dict[str, Any], task: Task) -> list[str]:
+    """One line per model, one column per test."""
+    results = report["results"]
+    tests = next(iter(results.values()))
+    heading = f"token accuracy, by {task.unit}"
+    lines = [f"{heading:<40}" + "".join(f"{test:>10}" for test in tests)]
+    for name, scores in results.items():
+        cells = [f"{score['token_accuracy']:>10.3f}" for score in scores.values()]
+        size = f"{report['parameters'][name]:>9,} parameters"
+        lines.append(f"{name:<20}{size}" + "".join(cells))
+    return lines
+
+
+def draw(path: Path, report: dict[str, Any], task: Task) -> str:
+    """Draw the table as a picture -> a line that says so, or why not."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "No picture of the accuracies: matplotlib is not installed"
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, scores in report["results"].items():
+        accuracies = [score["token_accuracy"] for score in scores.values()]
+        axes.plot(list(scores), accuracies, marker="o", label=name)
+    axes.set(xlabel=task.unit, ylabel="token accuracy", ylim=(-0.02, 1.02))
+    axes.set_title(f"{report['task']}: token accuracy by length")
+    axes.legend()
+    write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    return f"The accuracies as a picture: {path}"
+
+
+# ==================================================================================================
+# A string that none has seen, written out
+
+
+def sample_heading(string: np.ndarray) -> list[str]:
+    """What the sample shows, and what is to be written."""
+    shortest, longest = COPY_LETTERS
+    return [
+        f"A new string of {len(string)} letters; training strings had {shortest} to {longest}.",
+        "Each model reads $string| once, then writes the copy on its own. ^ marks wrong letters.",
+        "",
+        f"{'to write':<14}{letters_of([*string, END])}",
+    ]
+
+
+def sample_lines(name: str, model: Resona, string: np.ndarray) -> list[str]:
+    """What a model writes after $string|, which letters are wrong, and what Resona retrieved."""
+    answer = [*string.tolist(), END]
+    device = model.embedding.weight.device
+    prompt = torch.tensor([[START, *string.tolist(), SEPARATOR]], device=device)
+    text = model.generate(prompt, len(answer))  # (1, prompt and answer)
+    written = text[0, -len(answer) :].tolist()
+
+    wrong = mark_wrong(written, answer)
+    n_right = len(answer) - wrong.count("^")
+    lines = [f"{name:<14}{letters_of(written)}   {n_right} of {len(answer)} right"]
+    if n_right < len(answer):
+        lines.append(f"{'':<14}{wrong}")
+    if model.config.retrieval:
+        lines += retrieval_lines(model, text, len(answer))
+    return lines
+
+
+def letters_of(tokens: Any) -> str:
+    return "".join(ALPHABET[token] for token in tokens)
+
+
+def mark_wrong(written: list[int], answer: list[int]) -> str:
+    """A ^ below each token that is not the right one."""
+    marks = ["^" if ours != theirs else " " for ours, theirs in zip(written, answer, strict=True)]
+    return "".join(marks)
+
+
+def retrieval_lines(model: Resona, text: Tensor, n: int) -> list[str]:
+    """The chunk that Resona retrieved to write each of the last n tokens of text: (1, length).
+
+    One column per token: from top to bottom the tokens of the chunk, and among them the written one
+    as a capital. With chunks of 2, and "cat." written after "$cat|":
+
+    resona         cat.
+    retrieved      $At|
+                   CaT.
+    """
+    written = text[0, -n:]
+    layer, chunks = most_telling(model, text, n)
+    lines = []
+    for place in range(chunks.shape[1]):
+        column = chunks[:, place]
+        hit = (column == written).tolist()
+        letters = letters_of(column.tolist())
+        shown = [x.upper() if is_hit else x for x, is_hit in zip(letters, hit, strict=True)]
+        lines.append("".join(shown))
+    labels = ["  retrieved", *[""] * (len(lines) - 1)]
+    lines = [f"{label:<14}{line}" for label, line in zip(labels, lines, strict=True)]
+    lines[0] += f"   best chunk of layer {layer}, downwards;"
+    lines[-1] += "   capital: the letter that was written"
+    return lines
+
+
+def most_telling(model: Resona, text: Tensor, n: int) -> tuple[int, Tensor]:
+    """The layer whose best chunks most often hold the token written, and these chunks: (n, U)"""
+    size = model.config.chunk_size
+    tokens_of = text[0].unfold(0, size, size)  # (M, U): the tokens of every chunk
+    written = text[0, -n:]
+    found = []
+    for layer, searches in enumerate(model.inspect(text[:, :-1]), start=1):
+        best = searches["index"][0, -n:, 0]  # (n,)
+        chunks = tokens_of[best]  # (n, U)
+        hits = (chunks == written[:, None]).any(1).sum().item()
+        found.append((hits, layer, chunks))
+    _, layer, chunks = max(found, key=lambda one: one[0])
+    return layer, chunks
+
+
+# ==================================================================================================
+# Command line
+
 TASKS: dict[str, Callable[[], Any]] = {"copy": Copying, "bilingual": Bilingual}
-BACKBONES["transformer"] = CausalAttention  # where make_model finds it, and Resona.load
 
 
-def make_parser(tasks=TASKS, models=MODELS) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("train_toy.py", argparse.SUPPRESS, __doc__.split("\n")[0], allow_abbrev=False)
+class Parser(argparse.ArgumentParser):
+    """Says a mistake in one line; of several processes on a machine the first one says it."""
+
+    def error(self, message: str) -> Any:
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {line}\n" if LOCAL_RANK == 0 else None)
+
+
+def make_parser(tasks: Any = TASKS, models: Any = MODELS) -> argparse.ArgumentParser:
+    parser = Parser("train_toy.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
+    backbones = sorted(set(BACKBONES) - set(models))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--task", choices=[*tasks], default="copy", help="what to learn (default: copy)")
     add("--model", choices=[*models, "all"], default="all", help="which to train (default: all)")
-    add("--backbone", choices=sorted({*BACKBONES} - {*models}), default="gated", help="the recurrence (default: gated)")
-    add("--steps", type=int, help="of each model's training (default: the task's own)")
-    add("--lr", type=float, help="peak learning rate (default: the task's own, for each model)")
+    add("--backbone", choices=backbones, default="gated", help="the recurrence (default: gated)")
+    add("--steps", type=int, help="training steps of each model (default: the task's own)")
+    add("--lr", type=float, help="peak learning rate (default: each model's own)")
     add("--seed", type=int, default=0, help="of weights and data (default: 0)")
-    add("--lengths", type=int, nargs="+", metavar="N", help="of the tests (default: the task's own)")
-    add("--device", choices=DEVICES, default=DEVICES[0], help=f"default: {DEVICES[0]}")
+    add("--lengths", type=int, nargs="+", metavar="N", help="of tests (default: the task's own)")
+    add("--device", default=device, help=f"cpu, cuda, cuda:1, mps, ... (default: {device})")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
-    add("--resume", action="store_true", help="go on from the training states in --out")
-    add("--save-every", type=int, default=100, help="steps between training states (default: 100)")
+    add("--resume", action="store_true", help="continue from the last saves in --out")
+    add(
+        "--save-every",
+        type=int,
+        default=SAVE_EVERY,
+        metavar="N",
+        help=f"steps between saves for --resume (default: {SAVE_EVERY})",
+    )
     return parser
 
 
 def prepare(args: argparse.Namespace, task: Any) -> None:
-    """Put the flags into the task; see that they and the folder are good, before any work."""
-    task.lengths, task.steps = args.lengths or task.lengths, task.steps if args.steps is None else args.steps
-    task.lr = task.lr if args.lr is None else dict.fromkeys(task.lr, args.lr)
-    for flag, value, least in (("steps", task.steps, 1), ("lr", min(task.lr.values()), 1e-9), ("seed", args.seed, 0),
-                               ("lengths", min(task.lengths), 1), ("save-every", args.save_every, 1)):
-        if not least <= value < 2**32:
-            raise UserError(f"--{flag} must be at least {least} and below 2**32, got {value}")
+    """Put the flags into the task; refuse bad ones before any work is done."""
+    if args.lengths:
+        task.lengths = args.lengths
+    if args.steps is not None:
+        task.steps = args.steps
+    if args.lr is not None:
+        task.lr = dict.fromkeys(task.lr, args.lr)
+    check_range("steps", task.steps, 1)
+    check_range("lr", min(task.lr.values()), 1e-9)
+    check_range("seed", args.seed, 0)
+    check_range("lengths", min(task.lengths), 1)
+    check_range("lengths", max(task.lengths), 1)
+    check_range("save-every", args.save_every, 1)
+    check_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    if WORLD > 1:  # on a GPU of its own each, or all on the CPU
-        args.device = args.device.replace("cuda", f"cuda:{RANK}")
-        distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if WORLD > 1:
+        join_processes(args)
+
+
+def check_range(flag: str, value: float, least: float) -> None:
+    if not least <= value < 2**32:  # NaN is refused, too
+        raise UserError(f"--{flag} must be at least {least} and below 2**32, got {value}")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have."""
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        devices += ["mps"]
+    if device not in devices:
+        raise UserError(f"--device {device}: this machine has {', '.join(devices)}")
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Connect torchrun's processes: each with a GPU of its own, or all on the CPU."""
+    if WORLD > BATCH:
+        raise UserError(f"torchrun started {WORLD} processes, but a batch has only {BATCH} rows")
+    if args.device == "cuda":
+        n_gpus = torch.cuda.device_count()
+        if LOCAL_WORLD > n_gpus:
+            raise UserError(
+                f"torchrun started {LOCAL_WORLD} processes for {n_gpus} GPU(s), one each; "
+                f"use --nproc_per_node={n_gpus}, or --device cpu"
+            )
+        args.device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(LOCAL_RANK)
+    elif args.device != "cpu":
+        raise UserError(f"--device {args.device} is for one process; several take cuda or cpu")
+    try:
+        distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot connect {WORLD} processes (torchrun does): {error}") from error
 
 
 def main(argv: list[str]) -> None:
-    """Run with these flags. A mistake ends in one line and exit status 2, Ctrl-C in the line that goes on and 130."""
-    args = (parser := make_parser()).parse_args(argv)
+    """Run with these flags.
+
+    A mistake ends in one line and exit status 2; Ctrl-C in the command that continues, and 130.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
     try:
-        prepare(args, task := TASKS[args.task]())
+        task = TASKS[args.task]()
+        prepare(args, task)
         compare(args, task)
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        parser.error(" ".join(str(error).split()))
+    except UserError as error:
+        parser.error(str(error))
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        line = " ".join(str(error).split()) or "out of memory"
+        parser.exit(2, f"{parser.prog}: error: {line}\n")
     except KeyboardInterrupt:
-        again = shlex.join(argv if args.resume else [*argv, "--resume"])
-        parser.exit(130, f"stopped; to go on from the last save: python train_toy.py {again}\n")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C: we are stopping already
+        parser.exit(130, continue_with(argv, args.resume))
+    if WORLD > 1:
+        distributed.destroy_process_group()
+
+
+def continue_with(argv: list[str], resumed: bool) -> str | None:
+    """The command that goes on with a stopped run."""
+    if RANK > 0:
+        return None
+    command = "python"
+    if WORLD > 1:
+        command = f"torchrun --standalone --nproc_per_node={WORLD}"
+    flags = argv if resumed else [*argv, "--resume"]
+    return f"stopped; to continue from the last save: {command} train_toy.py {shlex.join(flags)}\n"
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of --out
     main(sys.argv[1:])

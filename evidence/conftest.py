@@ -1,8 +1,14 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which it must know before it is imported."""
+"""For all tests of the evidence: Triton's interpreter where there is no GPU, and one seed."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

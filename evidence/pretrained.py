@@ -2,11 +2,14 @@
 
     pip install -r evidence/requirements.txt && python -m evidence.pretrained
 
-1. A small MambaForCausalLM is trained on text, the documentation inside Python, byte by byte, for some minutes.
+1. A small MambaForCausalLM is trained on text, the documentation inside Python, byte by byte, for
+   some minutes.
 2. A closed branch goes into each mixer. Its gate is zero, so no logit changes.
-3. The branch alone is trained, the model's own weights are frozen: first on strings to copy, which teaches it to
-   search, then on rows of which a quarter are text, which teaches it to keep out of it. Both at once teach no search.
-4. The model's own generate copies with it, after saving and loading as well: the branch is a file beside the model's.
+3. The branch alone is trained, the model's own weights are frozen: first on strings to copy, which
+   teaches it to search, then on rows of which a quarter are text, which teaches it to keep out of
+   it. Both at once teach no search.
+4. The model's own generate copies with it, after saving and loading as well: the branch is a file
+   beside the model's.
 
 To load real weights in the place of step 1, and then train on rows made by their own tokenizer:
 
@@ -19,40 +22,49 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers import MambaConfig, MambaForCausalLM, logging
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from evidence.run import spread
 from evidence.tasks import read_text
-from resona import Retrieval, ShortConv
+from resona import Memory, Retrieval, ShortConv, map_tensors
 from train_toy import IGNORE, Rng, Rows, copy_string, packed, shift
 
 RESULTS = Path(__file__).parent / "results" / "pretrained.json"
-ROW = 256                                                       # bytes
-ALPHABET = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz$|.", np.uint8).astype(np.int64)  # of train_toy's strings
+ROW = 256  # bytes
+# of train_toy's strings
+ALPHABET = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz$|.", np.uint8).astype(np.int64)
 
 
-# -------------------------------------------------------------------------------- the branch, in every mixer
+# --------------------------------------------------------------------------------------------------
+# The branch, in every mixer
+
+
 class WithBranch(nn.Module):
-    """A mixer, and the branch beside it: in the place of y = mixer(z), a mix of y and what was found."""
+    """A mixer, and the branch beside it: instead of y = mixer(z), a mix of y and what was found."""
 
     def __init__(self, mixer: nn.Module, d_model: int):
         super().__init__()
-        self.mixer, self.conv = mixer, ShortConv(d_model, 4)
-        self.branch = Retrieval(d_model, chunk_size=2, closed=True)
+        self.mixer = mixer
+        self.conv = ShortConv(d_model, 4)
+        self.branch = Retrieval(d_model, chunk_size=2, zero_init=True)
 
-    def forward(self, z: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         if attention_mask is not None and not attention_mask.all():
-            raise ValueError("the branch cannot read padding: give rows of equal length, or one at a time")
+            raise ValueError(
+                "the branch cannot read padding: give rows of equal length, or one at a time"
+            )
         state = BranchState.of(cache, self.mixer.layer_idx)
         y = self.mixer(z, cache=cache)
         u, state.conv = self.conv(z, state.conv)
@@ -63,12 +75,13 @@ class WithBranch(nn.Module):
 class BranchState(LinearAttentionLayer):
     """What the model's own cache keeps of a layer, and beside it what the branch has read."""
 
-    conv, memory = None, None
+    conv: Tensor | None = None
+    memory: Memory | None = None
     is_compileable = False  # the memory grows
 
     @classmethod
     def of(cls, cache: Cache | None, layer: int) -> BranchState:
-        """The state in this layer of a cache, of which a new one takes the place as long as the layer is empty."""
+        """The state in this layer of a cache. A layer that is still empty gets a new one."""
         if cache is None:
             return cls()
         if not isinstance(cache.layers[layer], cls):
@@ -77,19 +90,22 @@ class BranchState(LinearAttentionLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.conv, self.memory = tree_map_only(
-            Tensor, lambda x: x.index_select(0, beam_idx.to(x.device)), (self.conv, self.memory))
+        self.conv, self.memory = map_tensors(
+            lambda x: x.index_select(0, beam_idx.to(x.device)), (self.conv, self.memory)
+        )
 
     def reset(self) -> None:
         super().reset()
-        self.conv, self.memory = None, None
+        self.conv = None
+        self.memory = None
 
 
 def add_branch(model: MambaForCausalLM) -> MambaForCausalLM:
     """Freeze the model and put a closed branch into every layer."""
     model.requires_grad_(False)
     for block in model.backbone.layers:
-        block.mixer = WithBranch(block.mixer, model.config.hidden_size).to(model.device, model.dtype)
+        mixer = WithBranch(block.mixer, model.config.hidden_size)
+        block.mixer = mixer.to(model.device, model.dtype)
     return model
 
 
@@ -107,37 +123,51 @@ def load(base: Path, branch: Path) -> MambaForCausalLM:
     return model.eval()
 
 
-# -------------------------------------------------------------------------------- rows, training, measuring
+# --------------------------------------------------------------------------------------------------
+# Rows, training, measuring
+
+
 def text_rows(rng: Rng, text: np.ndarray, rows: int) -> Rows:
     at = rng.integers(0, len(text) - ROW, rows)
-    return shift([text[i:i + ROW + 1] for i in at], np.ones((rows, ROW + 1), dtype=bool))
+    return shift([text[i : i + ROW + 1] for i in at], np.ones((rows, ROW + 1), dtype=bool))
 
 
 def copy_rows(rng: Rng, rows: int) -> Rows:
     """Rows of train_toy's copying, in bytes: $cat|cat."""
-    inputs, targets = (x[:rows] for x in packed(rng, copy_string, 4, 32, ROW))
+    inputs, targets = packed(rng, copy_string, 4, 32, ROW)
+    inputs, targets = inputs[:rows], targets[:rows]
     return ALPHABET[inputs], np.where(targets == IGNORE, IGNORE, ALPHABET[targets.clip(0)])
 
 
 def both_rows(rng: Rng, text: np.ndarray) -> Rows:
-    return tuple(np.concatenate(parts) for parts in zip(copy_rows(rng, 6), text_rows(rng, text, 2)))
+    strings = copy_rows(rng, 6)
+    texts = text_rows(rng, text, 2)
+    return np.concatenate([strings[0], texts[0]]), np.concatenate([strings[1], texts[1]])
 
 
 def loss_of(model: MambaForCausalLM, rows: Rows) -> Tensor:
     """Cross-entropy, over the targets that are scored."""
-    inputs, targets = map(torch.as_tensor, rows)
-    return F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    inputs, targets = torch.as_tensor(rows[0]), torch.as_tensor(rows[1])
+    logits = model(inputs).logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
-def train(model: MambaForCausalLM, batch: Callable[[Rng], Rows], steps: int, rate: float, seed: int = 0) -> None:
-    """Train what is not frozen; gates ten times as fast, as at the rate of the rest they stay nearly closed."""
+def train(
+    model: MambaForCausalLM, batch: Callable[[Rng], Rows], steps: int, rate: float, seed: int = 0
+) -> None:
+    """
+    Train what is not frozen. Gates ten times as fast: at the rate of the rest they hardly open.
+    """
     model.train()
-    weights, rng = trained_weights(model), np.random.default_rng(seed)  # of a model without a branch, all
+    rng = np.random.default_rng(seed)
+    weights = trained_weights(model)  # of a model without a branch, all
     gates = [weights[name] for name in weights if name.endswith("gate")]
     rest = [weights[name] for name in weights if not name.endswith("gate")]
-    optimizer = torch.optim.AdamW([{"params": rest}, {"params": gates}], betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": rest}, {"params": gates}], betas=(0.9, 0.99), weight_decay=0.01
+    )
     for step in range(steps):
-        for group, factor in zip(optimizer.param_groups, (1, 10)):
+        for group, factor in zip(optimizer.param_groups, (1, 10), strict=True):
             group["lr"] = factor * rate * min((step + 1) / 20, 1 - step / steps)
         loss = loss_of(model, batch(rng))
         optimizer.zero_grad()
@@ -151,39 +181,59 @@ def train(model: MambaForCausalLM, batch: Callable[[Rng], Rows], steps: int, rat
 
 @torch.no_grad()
 def measure(model: MambaForCausalLM, held_out: np.ndarray, strings: int = 32) -> dict[str, float]:
-    """Bits a byte of held-out text; and the share of letters right, by length, in copies that generate writes."""
-    rng, report = np.random.default_rng(1), {}
+    """
+    Bits per byte of held-out text; and by length the share of letters right that generate copies.
+    """
+    rng = np.random.default_rng(1)
     losses = [loss_of(model, text_rows(rng, held_out, 8)).item() for _ in range(8)]
-    report["bits"] = sum(losses) / len(losses) / math.log(2)
+    report = {"bits": sum(losses) / len(losses) / math.log(2)}
     for length in (32, 128):
-        rows = torch.as_tensor(ALPHABET[np.stack([copy_string(rng, length)[0] for _ in range(strings)])])
+        drawn = np.stack([copy_string(rng, length)[0] for _ in range(strings)])
+        rows = torch.as_tensor(ALPHABET[drawn])
         prompt, answer = rows.split([length + 2, length + 1], dim=1)  # $cat| and cat.
-        written = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                                 min_new_tokens=length + 1, max_new_tokens=length + 1)
-        report[f"copied {length}"] = (written[:, length + 2:] == answer).float().mean().item()
+        written = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=length + 1,
+            max_new_tokens=length + 1,
+        )
+        report[f"copied {length}"] = (written[:, length + 2 :] == answer).float().mean().item()
     return report
 
 
-# ------------------------------------------------------------------------------------------ all of it, in order
-def demonstrate(config: MambaConfig, steps: int, out: Path, strings: int = 32, seed: int = 0) -> dict[str, Any]:
+# --------------------------------------------------------------------------------------------------
+# All of it, in order
+
+
+def demonstrate(
+    config: MambaConfig, steps: int, out: Path, strings: int = 32, seed: int = 0
+) -> dict[str, Any]:
     torch.manual_seed(seed)
     text, _, held_out = read_text(None)
-    model, report = MambaForCausalLM(config), {}
-    stages = [lambda rng: copy_rows(rng, 8), lambda rng: both_rows(rng, text)]
+    model = MambaForCausalLM(config)
+    report: dict[str, Any] = {}
+    stages = {
+        "the branch trained on strings": lambda rng: copy_rows(rng, 8),
+        "and on strings and text": lambda rng: both_rows(rng, text),
+    }
     train(model, lambda rng: text_rows(rng, text, 8), steps, rate=1e-2, seed=seed)
     model.save_pretrained(out / "base")
     report["trained on text"] = measure(model, held_out, strings)
     whole = deepcopy(model)
-    for batch in stages:
+    for batch in stages.values():
         train(whole, batch, steps, rate=1e-2, seed=seed)
     report["all of it trained on, without a branch"] = measure(whole, held_out, strings)
 
     tokens = torch.as_tensor(text_rows(np.random.default_rng(2), held_out, 8)[0])
     with torch.no_grad():
         before = model(tokens).logits
-        change = (add_branch(model)(tokens).logits - before).abs().max().item()
-    report["with a closed branch"] = {**measure(model, held_out, strings), "change of logits": change}
-    for batch, name in zip(stages, ("the branch trained on strings", "and on strings and text")):
+        add_branch(model)
+        after = model(tokens).logits
+    closed = measure(model, held_out, strings)
+    closed["change of logits"] = (after - before).abs().max().item()
+    report["with a closed branch"] = closed
+    for name, batch in stages.items():
         train(model, batch, steps, rate=1e-2, seed=seed)
         report[name] = measure(model, held_out, strings)
     torch.save(trained_weights(model), out / "branch.pt")
@@ -197,20 +247,35 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=400, help="of each training (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="so many (default: 1)")
-    parser.add_argument("--out", type=Path, default=Path("out/pretrained"), help="default: out/pretrained")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/pretrained"), help="default: out/pretrained"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results"
+    )
     args = parser.parse_args(argv)
     if args.seed < 0 or args.seeds < 1:
-        parser.error(f"--seed must be at least 0 and --seeds at least 1, got {args.seed} and {args.seeds}")
+        parser.error(
+            f"--seed must be at least 0 and --seeds at least 1, got {args.seed} and {args.seeds}"
+        )
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    config = MambaConfig(vocab_size=256, hidden_size=64, state_size=8, num_hidden_layers=2, use_mambapy=True)
-    runs = [demonstrate(config, args.steps, args.out, seed=seed) for seed in range(args.seed, args.seed + args.seeds)]
-    args.results.write_text(json.dumps({"torch": torch.__version__, "steps": args.steps, "results": runs}, indent=1))
+    config = MambaConfig(
+        vocab_size=256, hidden_size=64, state_size=8, num_hidden_layers=2, use_mambapy=True
+    )
+    runs = [
+        demonstrate(config, args.steps, args.out, seed=seed)
+        for seed in range(args.seed, args.seed + args.seeds)
+    ]
+    args.results.write_text(
+        json.dumps({"torch": torch.__version__, "steps": args.steps, "results": runs}, indent=1)
+    )
     print(f"{'':<40}{'held-out bits':>14}{'copied by generate: 32 letters':>32}{'128 letters':>14}")
     for name in runs[0]:
-        bits, short, long = (spread(run[name][key] for run in runs) for key in ("bits", "copied 32", "copied 128"))
+        bits, short, long = (
+            spread(run[name][key] for run in runs) for key in ("bits", "copied 32", "copied 128")
+        )
         print(f"{name:<40}{bits:>14}{short:>32}{long:>14}")
     change = max(run["with a closed branch"]["change of logits"] for run in runs)
     print(f"the closed branch changed logits by at most {change:.1e}")

@@ -1,14 +1,16 @@
-"""Eleven further tasks for the models of train_toy.py: rows to train on and rows to test on, after their papers.
+"""Eleven further tasks for the models of train_toy.py, after their papers: rows to train and test.
 
-Each has what train_toy.Copying has; a drawing shows its rows. `-` in a row of targets: nothing is scored there.
+Each has what train_toy.Copying has; a drawing shows its rows. `-` in a row of targets: nothing is
+scored there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,34 +19,56 @@ from torch import Tensor, nn
 import train_toy
 from train_toy import BATCH, END, IGNORE, SEPARATOR, START, Rng, Rows, UserError, packed, shift
 
-Sizes = "tuple[int, ...]"
+Sizes = tuple[int, ...]
 
 
 def rates(recurrence: float, resona: float, transformer: float) -> dict[str, float]:
-    return {"recurrence": recurrence, "resona": resona, "retrieval": resona, "transformer": transformer,
-            "nope": transformer}
+    return {
+        "recurrence": recurrence,
+        "resona": resona,
+        "retrieval": resona,
+        "transformer": transformer,
+        "nope": transformer,
+    }
 
 
-# ----------------------------------------------------------------------------------------------- n-grams
+# --------------------------------------------------------------------------------------------------
+# N-grams
 # Jelassi et al., "Repeat After Me", arXiv 2402.01032, in the alphabet of train_toy.Copying.
 
-def ngram_string(rng: Rng, length: int, form: str | None = None) -> Rows:
-    """Which four letters follow these three? They are named before the string or after it, by a coin.
 
-        prefix  $ p e r | s u p e r s e d e | s e d e .      suffix  $ s u p e r s e d e | p e r s e d e .
-        scored  0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 1              0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 1
+def ngram_string(rng: Rng, length: int, form: str | None = None) -> Rows:
+    """
+    Which four letters follow these three? They are named before the string or after it, by a coin.
+
+        prefix  $ p e r | s u p e r s e d e | s e d e .
+        scored  0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 1
+        suffix  $ s u p e r s e d e | p e r s e d e .
+        scored  0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 1 1
+
     The three letters occur once in the string.
     """
     while True:
         x = rng.integers(0, 26, length)
         at = rng.integers(0, length - 6)
-        key, answer = x[at:at + 3], x[at + 3:at + 7]
+        key, answer = x[at : at + 3], x[at + 3 : at + 7]
         if (np.lib.stride_tricks.sliding_window_view(x, 3) == key).all(1).sum() == 1:
             break
-    form = form or rng.choice(["prefix", "suffix"])
-    parts = [[START], key, [SEPARATOR], x, [SEPARATOR]] if form == "prefix" else [[START], x, [SEPARATOR], key]
+    if form is None:
+        form = rng.choice(["prefix", "suffix"])
+    if form == "prefix":
+        parts = [[START], key, [SEPARATOR], x, [SEPARATOR]]
+    else:
+        parts = [[START], x, [SEPARATOR], key]
     tokens = np.concatenate([*parts, answer, [END]])
     return tokens, np.arange(len(tokens)) >= len(tokens) - 5
+
+
+def stacked(rows: list[Rows]) -> Rows:
+    """Tokens of rows, and which of them are scored -> inputs, targets."""
+    tokens = [row[0] for row in rows]
+    scored = [row[1] for row in rows]
+    return shift(tokens, scored)
 
 
 class Ngram:
@@ -59,31 +83,43 @@ class Ngram:
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
         tests = {}
         for form in ("prefix", "suffix"):
-            rows = [ngram_string(rng, length, form) for _ in range(min(128, max(16, 4096 // length)))]
-            tests[f"{form} {length}"] = shift(*map(np.stack, zip(*rows)))
+            n_rows = min(128, max(16, 4096 // length))
+            rows = [ngram_string(rng, length, form) for _ in range(n_rows)]
+            tests[f"{form} {length}"] = stacked(rows)
         return tests
 
 
-# -------------------------------------------------------------------------- multi-query associative recall
+# --------------------------------------------------------------------------------------------------
+# Multi-query associative recall
 # Arora et al., "Zoology", arXiv 2312.04927.
 
-def mqar_rows(rng: Rng, rows: int, length: int, pairs: int, vocab: int, random_fill: bool = True) -> Rows:
-    """Keys and their values, then some of the keys again, each to be answered where it stands.
 
-        inputs   k1 v1 k2 v2 k3 v3  k2 .  k1 .  .  .  k3 .      . a random token, or 0 without random_fill
-        targets  -  -  -  -  -  -   v2 -  v1 -  -  -  v3 -      at the key itself, not one later
+def mqar_rows(
+    rng: Rng, rows: int, length: int, pairs: int, vocab: int, random_fill: bool = True
+) -> Rows:
+    """
+    Keys and their values, then some of the keys again, each to be answered where it stands.
+
+        inputs   k1 v1 k2 v2 k3 v3  k2 .  k1 .  .  .  k3 .     . a random token, or 0
+        targets  -  -  -  -  -  -   v2 -  v1 -  -  -  v3 -     at the key itself, not one later
+
     Keys are 1..vocab/2-1, values the upper half; gaps before a query follow a power law.
     """
-    inputs = rng.integers(0, vocab, (rows, length)) if random_fill else np.zeros((rows, length), dtype=np.int64)
+    if random_fill:
+        inputs = rng.integers(0, vocab, (rows, length))
+    else:
+        inputs = np.zeros((rows, length), dtype=np.int64)
     targets = np.full((rows, length), IGNORE)
     slots = np.arange(1, (length - 2 * pairs) // 2 + 1)
     likely = slots ** (0.01 - 1.0)
-    for x, y in zip(inputs, targets):
+    for x, y in zip(inputs, targets, strict=True):
         keys = 1 + rng.choice(vocab // 2 - 1, pairs, replace=False)
         values = vocab // 2 + rng.choice(vocab // 2, pairs, replace=False)
-        x[0:2 * pairs:2], x[1:2 * pairs:2] = keys, values
+        x[0 : 2 * pairs : 2] = keys
+        x[1 : 2 * pairs : 2] = values
         at = 2 * pairs + 2 * rng.choice(len(slots), pairs, replace=False, p=likely / likely.sum())
-        x[at], y[at] = keys, values
+        x[at] = keys
+        y[at] = values
     return inputs, targets
 
 
@@ -102,30 +138,39 @@ class Mqar:
         return {str(pairs): mqar_rows(rng, 64, max(64, 8 * pairs), pairs, self.vocab_size)}
 
 
-# --------------------------------------------------- MAD: recall, noisy, fuzzy, selective, memorize, compress
+# --------------------------------------------------------------------------------------------------
+# MAD: recall, noisy, fuzzy, selective, memorize, compress
 # Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures", arXiv 2403.17844.
 
-def recall_row(rng: Rng, length: int, keys: int, key_sizes: Sizes, value_sizes: Sizes, noise: float = 0.0) -> Rows:
-    """Pairs of a key and a value; the value of a key that came before is scored. The last key came before.
 
-        recall   k2 v7 k5 v1 k2 v7 k5 v1                    keys are 0..keys-1, then come 8 values
-        scored   0  0  0  0  0  1  0  1
-        noisy    k2 v7 n3 n9 k2 v7 k2 v7                    here and there two of the 16 noise tokens above
-        fuzzy    *  *  *  k2 k4 v7 k5 v1 v0 v6 k2 k4 v7     keys, values of 1 to 3 different tokens; left-padded
+def recall_row(
+    rng: Rng, length: int, keys: int, key_sizes: Sizes, value_sizes: Sizes, noise: float = 0.0
+) -> Rows:
     """
-    tokens, scored, book, last = [], [], {}, False
+    Pairs of a key and a value; the value of a key that came before is scored. The last key came
+    before.
+
+        recall   k2 v7 k5 v1 k2 v7 k5 v1                 keys are 0..keys-1, then come 8 values
+        scored   0  0  0  0  0  1  0  1
+        noisy    k2 v7 n3 n9 k2 v7 k2 v7                 two of the 16 noise tokens above
+        fuzzy    *  *  *  k2 k4 v7 k5 v1 v0 v6 k2 k4 v7  1 to 3 different tokens each; left-padded
+    """
+    tokens = []
+    scored = []
+    book = {}
+    last = False
     while not last:
         last = len(tokens) + 2 * (max(key_sizes) + max(value_sizes)) > length
         if book and not last and rng.random() < noise:
             tokens += [*rng.integers(keys + 8, keys + 24, 2)]
             scored += [False, False]
             continue
-        key = tuple(rng.permutation(keys)[:key_sizes[rng.integers(len(key_sizes))]])
+        key = tuple(rng.permutation(keys)[: key_sizes[rng.integers(len(key_sizes))]])
         if last:
             key = list(book)[rng.integers(len(book))]
         came_before = key in book
         if not came_before:
-            book[key] = keys + rng.permutation(8)[:value_sizes[rng.integers(len(value_sizes))]]
+            book[key] = keys + rng.permutation(8)[: value_sizes[rng.integers(len(value_sizes))]]
         tokens += [*key, *book[key]]
         scored += [False] * len(key) + [came_before] * len(book[key])
     pad = length - len(tokens)
@@ -133,8 +178,11 @@ def recall_row(rng: Rng, length: int, keys: int, key_sizes: Sizes, value_sizes: 
 
 
 class Recall:
-    """Trained on rows of 128 tokens, with every next token a target, as in the reference; tested on the values
-    of keys that came before. Chunks are small, so that a pair can be found soon after it was read."""
+    """
+    Trained on rows of 128 tokens, with every next token a target, as in the reference; tested on
+    the values of keys that came before. Chunks are small, so that a pair can be found soon after it
+    was read.
+    """
 
     vocab_size, unit, lengths = 16, "tokens", [128, 512]
     lr, steps, config, test_top_k = rates(1e-2, 3e-3, 1e-2), 600, {"chunk_size": 2}, None
@@ -142,13 +190,17 @@ class Recall:
 
     def batch(self, rng: Rng) -> Rows:
         length = 128 + self.longer
-        rows = [recall_row(rng, length, self.keys, self.sizes, self.sizes, self.noise)[0] for _ in range(BATCH)]
+        rows = []
+        for _ in range(BATCH):
+            row, _ = recall_row(rng, length, self.keys, self.sizes, self.sizes, self.noise)
+            rows.append(row)
         return shift(rows, np.ones_like(rows, dtype=bool))
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
-        rows = [recall_row(rng, length + self.longer, self.keys, self.sizes[-1:], self.sizes, self.noise)
-                for _ in range(64)]
-        return {str(length): shift(*zip(*rows))}
+        n = length + self.longer
+        longest = self.sizes[-1:]
+        rows = [recall_row(rng, n, self.keys, longest, self.sizes, self.noise) for _ in range(64)]
+        return {str(length): stacked(rows)}
 
 
 class Noisy(Recall):
@@ -158,29 +210,36 @@ class Noisy(Recall):
 
 
 class Fuzzy(Recall):
-    """Recall with keys and values of 1 to 3 tokens; tested with keys of 3. Rows are one token longer, as in the
-    reference."""
+    """
+    Recall with keys and values of 1 to 3 tokens; tested with keys of 3. Rows are one token longer,
+    as in the reference.
+    """
 
     lr, steps = rates(3e-3, 3e-3, 1e-2), 800
     keys, sizes, longer = 7, (1, 2, 3), 1
 
 
 def selective_rows(rng: Rng, rows: int, length: int) -> Rows:
-    """Sixteen tokens among blanks, to be said again in order when asked, while reading blanks.
+    """
+    Sixteen tokens among blanks, to be said again in order when asked, while reading blanks.
 
-        inputs   . . 3 . 7 . . . 0 ? . . .          . blank (14), ? the copy token (15)
-        targets  - - - - - - - - - - 3 7 0
+    inputs   . . 3 . 7 . . . 0 ? . . .          . blank (14), ? the copy token (15)
+    targets  - - - - - - - - - - 3 7 0
     """
     x = rng.integers(0, 14, (rows, 16))
     blanks = length - 33
-    inputs = np.stack([np.insert(row, rng.integers(0, 16, blanks), 14) for row in x])  # (rows, length - 17)
-    ask, answer = np.full((rows, 1), 15), np.full((rows, 16), 14)
+    spread = [np.insert(row, rng.integers(0, 16, blanks), 14) for row in x]  # length - 17 each
+    ask = np.full((rows, 1), 15)
+    answer = np.full((rows, 16), 14)
+    inputs = np.concatenate([np.stack(spread), ask, answer], axis=1)
     targets = np.concatenate([np.full((rows, length - 16), IGNORE), x], axis=1)
-    return np.concatenate([inputs, ask, answer], axis=1), targets
+    return inputs, targets
 
 
 class Selective:
-    """Rows of 41 to 256 tokens in training, as many as make 4096 tokens: short ones are learned first."""
+    """
+    Rows of 41 to 256 tokens in training, as many as make 4096 tokens: short ones are learned first.
+    """
 
     vocab_size, unit, lengths = 16, "tokens", [256, 512]
     lr, steps, config, test_top_k = rates(1e-2, 1e-2, 1e-2), 800, {}, None
@@ -194,15 +253,18 @@ class Selective:
 
 
 def memorize_rows(rng: Rng, rows: int, length: int) -> Rows:
-    """One fixed map of 128 keys to 128 values, the same in every row: nothing in the context helps.
+    """
+    One fixed map of 128 keys to 128 values, the same in every row: nothing in the context helps.
 
-        inputs   k1 * k5 * k1 *         keys 0..127, * the token 255
-        targets  -  v -  w -  v         values 128..255
+    inputs   k1 * k5 * k1 *         keys 0..127, * the token 255
+    targets  -  v -  w -  v         values 128..255
     """
     fixed = np.random.default_rng(12345)  # the reference's map
-    keys, values = fixed.permutation(128), 128 + fixed.permutation(128)
+    keys = fixed.permutation(128)
+    values = 128 + fixed.permutation(128)
     value_of = values[keys.argsort()]
-    inputs, targets = np.full((rows, length), 255), np.full((rows, length), IGNORE)
+    inputs = np.full((rows, length), 255)
+    targets = np.full((rows, length), IGNORE)
     inputs[:, ::2] = rng.integers(0, 128, (rows, length // 2))
     targets[:, 1::2] = value_of[inputs[:, ::2]]
     return inputs, targets
@@ -222,10 +284,11 @@ class Memorize:
 
 
 def compress_rows(rng: Rng, rows: int, length: int) -> Rows:
-    """A row that ends with a sign, and is to be written again from what the layers made of that sign alone.
+    """
+    A row that ends with a sign, to be written again from what the layers made of that sign alone.
 
-        inputs   h d k a c .      letters: tokens 0..14, the sign: 15
-        targets  h d k a c .
+    inputs   h d k a c .      letters: tokens 0..14, the sign: 15
+    targets  h d k a c .
     """
     x = rng.integers(0, 15, (rows, length))
     x[:, -1] = 15
@@ -233,8 +296,10 @@ def compress_rows(rng: Rng, rows: int, length: int) -> Rows:
 
 
 class Compress:
-    """How much one vector can hold. The model's head is a decoder that sees the last position alone, and where to
-    write."""
+    """
+    How much one vector can hold. The model's head is a decoder that sees the last position alone,
+    and where to write.
+    """
 
     vocab_size, unit, lengths = 16, "tokens", [32]
     lr, steps, config, test_top_k = rates(3e-3, 3e-3, 3e-3), 4000, {}, None
@@ -250,52 +315,82 @@ class Compress:
 
 
 class Decoder(nn.Module):
-    """The last position's vector plus a position, then per position: twice norm, linear, GELU; norm, linear to
-    letters. The same for every model."""
+    """
+    The last position's vector plus a position, then per position: twice norm, linear, GELU; norm,
+    linear to letters. The same for every model.
+    """
 
     def __init__(self, d_model: int, vocab_size: int):
         super().__init__()
-        self.layers = nn.Sequential(*(layer for _ in range(2) for layer in (
-            nn.RMSNorm(d_model), nn.Linear(d_model, d_model), nn.GELU())),
-            nn.RMSNorm(d_model), nn.Linear(d_model, vocab_size))
+        self.layers = nn.Sequential(
+            nn.RMSNorm(d_model),
+            nn.Linear(d_model, d_model),
+            nn.GELU(),
+            nn.RMSNorm(d_model),
+            nn.Linear(d_model, d_model),
+            nn.GELU(),
+            nn.RMSNorm(d_model),
+            nn.Linear(d_model, vocab_size),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, D) -> logits (B, L, vocab_size)"""
-        (_, L, D), device = x.shape, x.device
-        angle = torch.arange(L, device=device)[:, None] * 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)
-        return self.layers(x[:, -1:] + torch.cat([angle.sin(), angle.cos()], dim=1)[:, :D].to(x.dtype))
+        _, L, D = x.shape
+        position = torch.arange(L, device=x.device)
+        frequency = 10000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)
+        angle = position[:, None] * frequency  # (L, D/2, rounded up)
+        where = torch.cat([angle.sin(), angle.cos()], dim=1)[:, :D]
+        return self.layers(x[:, -1:] + where.to(x.dtype))
 
 
-# --------------------------------------------------------------------------------- a needle, a phone book
+# --------------------------------------------------------------------------------------------------
+# A needle, a phone book
+
 
 def needle_rows(rng: Rng, rows: int, length: int, needles: int = 1, questions: int = 1) -> Rows:
-    """Keys, each with its value, somewhere in noise, and at the end some of the keys again. Tests have one.
-
-        inputs   n n n k v n n n n n k      noise 32..63, keys 0..15, values 16..31; noise between
-        targets  - - - - - - - - - - v      the questions, too, if there are several
     """
-    inputs, targets = rng.integers(32, 64, (rows, length)), np.full((rows, length), IGNORE)
-    for x, y in zip(inputs, targets):
-        at = 2 * rng.choice((length - 2 * questions) // 2, needles, replace=False) + rng.integers(2)
-        x[at], x[at + 1] = rng.choice(16, needles, replace=False), rng.integers(16, 32, needles)
+    Keys, each with its value, somewhere in noise, then some of the keys again. Tests have one.
+
+    inputs   n n n k v n n n n n k      noise 32..63, keys 0..15, values 16..31; noise between
+    targets  - - - - - - - - - - v      the questions, too, if there are several
+    """
+    inputs = rng.integers(32, 64, (rows, length))
+    targets = np.full((rows, length), IGNORE)
+    for x, y in zip(inputs, targets, strict=True):
+        place = rng.choice((length - 2 * questions) // 2, needles, replace=False)
+        at = 2 * place + rng.integers(2)
+        x[at] = rng.choice(16, needles, replace=False)
+        x[at + 1] = rng.integers(16, 32, needles)
         asked = at[rng.integers(0, needles, questions)]
-        x[::-2][:questions], y[::-2][:questions] = x[asked], x[asked + 1]
+        x[::-2][:questions] = x[asked]
+        y[::-2][:questions] = x[asked + 1]
     return inputs, targets
 
 
 class Needle:
-    """Trained on 64 to 512 tokens with one to eight needles and 16 questions: many are learned sooner, but only
-    with fewer than top_k is a query shown noise, too, and the search learns to score it low, which a million
-    tokens of noise put to the test. The inverted file is the exact search up to SAMPLE * n_list chunks, and so in
-    training. A key among two tokens of a chunk, seen through a convolution of two, is much easier to learn than
-    one among more; one layer that retrieves is enough."""
+    """
+    Trained on 64 to 512 tokens with one to eight needles and 16 questions: many are learned sooner,
+    but only with fewer than top_k is a query shown noise, too, and the search learns to score it
+    low, which a million tokens of noise put to the test. The inverted file is the exact search up
+    to SAMPLE * nlist chunks, and so in training. A key among two tokens of a chunk, seen through a
+    convolution of two, is much easier to learn than one among more; one layer that retrieves is
+    enough.
+    """
 
     vocab_size, unit, lengths = 64, "tokens", [512, 1024, 4096, 16384]
     lr, steps, test_top_k = rates(1e-2, 3e-3, 3e-3), 700, None
-    config = {"chunk_size": 2, "d_conv": 2, "top_k": 8, "retrieval": [0], "search": "ivf", "n_probe": 1}
+    config = {
+        "chunk_size": 2,
+        "d_conv": 2,
+        "top_k": 8,
+        "retrieval": [0],
+        "search": "ivf",
+        "nprobe": 1,
+    }
 
     def batch(self, rng: Rng) -> Rows:
-        length, needles = int(2 ** rng.uniform(6, 9)), 2 ** rng.integers(4)
+        length = int(2 ** rng.uniform(6, 9))
+        needles = 2 ** rng.integers(4)
         return needle_rows(rng, 4096 // length, length, needles, questions=16)
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
@@ -303,18 +398,21 @@ class Needle:
 
 
 def phonebook_row(rng: Rng, entries: int, queries: int) -> Rows:
-    """A phone book in ASCII, then names from it, whose numbers are scored, the line's end included.
-
-        Bodaxi: 4832        a name of three syllables, four digits
-        Kumere: 1719
-        Bodaxi: 4832        <- scored: 4832 and the end of the line
     """
-    consonants, vowels = np.frombuffer(b"bcdfghjklmnprstvwxyz", np.uint8), np.frombuffer(b"aeiou", np.uint8)
+    A phone book in ASCII, then names from it, whose numbers are scored, the line's end included.
+
+    Bodaxi: 4832        a name of three syllables, four digits
+    Kumere: 1719
+    Bodaxi: 4832        <- scored: 4832 and the end of the line
+    """
+    consonants = np.frombuffer(b"bcdfghjklmnprstvwxyz", np.uint8)
+    vowels = np.frombuffer(b"aeiou", np.uint8)
     names = rng.choice(len(consonants) * 5, (2 * entries + 8, 3))
     names = np.unique(names, axis=0)
     names = rng.permutation(names)[:entries]
     lines = np.full((entries, 13), ord("\n"))
-    lines[:, 0:6:2], lines[:, 1:6:2] = consonants[names // 5], vowels[names % 5]
+    lines[:, 0:6:2] = consonants[names // 5]
+    lines[:, 1:6:2] = vowels[names % 5]
     lines[:, 0] -= 32  # upper case
     lines[:, 6:8] = ord(":"), ord(" ")
     lines[:, 8:12] = rng.integers(ord("0"), ord("9") + 1, (entries, 4))
@@ -325,38 +423,54 @@ def phonebook_row(rng: Rng, entries: int, queries: int) -> Rows:
 
 
 class Phonebook:
-    """Books of 4 to 20 entries, 30 lines with the questions. A convolution of 8 bytes sees a whole name."""
+    """
+    Books of 4 to 20 entries, 30 lines with the questions. A convolution of 8 bytes sees a whole
+    name.
+    """
 
     vocab_size, unit, lengths = 128, "entries", [16, 64, 256]
     lr, steps, config, test_top_k = rates(1e-2, 3e-3, 3e-3), 500, {"d_conv": 8}, 16
 
     def batch(self, rng: Rng) -> Rows:
-        return shift(*zip(*(phonebook_row(rng, n, 30 - n) for n in rng.integers(4, 21, BATCH // 2))))
+        sizes = rng.integers(4, 21, BATCH // 2)
+        return stacked([phonebook_row(rng, n, 30 - n) for n in sizes])
 
     def test(self, rng: Rng, entries: int) -> dict[str, Rows]:
-        return {str(entries): shift(*zip(*(phonebook_row(rng, entries, 1) for _ in range(32))))}
+        return {str(entries): stacked([phonebook_row(rng, entries, 1) for _ in range(32)])}
 
 
-# ---------------------------------------------------------------------------------------------- real text
+# --------------------------------------------------------------------------------------------------
+# Real text
+
 TEXT_ROW = 512
 
 
 def read_text(path: Path | None) -> list[np.ndarray]:
-    """Bytes to train on, bytes on which everything is chosen, and bytes of the tests: of the documentation that is in
-    CPython every tenth topic is for tests, and every tenth for choices; of the user's file the last tenths."""
+    """
+    Bytes to train on, bytes on which everything is chosen, and bytes of the tests.
+
+    Of the documentation that is in CPython every tenth topic is for tests, and every tenth for
+    choices; of the user's file the last tenths.
+    """
     if path is None:
         from pydoc_data.topics import topics
+
         names = sorted(topics)
-        chosen, tested = names[6::10], names[::10]
-        parts = [[name for name in names if name not in chosen + tested], chosen, tested]
-        parts = ["\n".join(topics[name] for name in part).encode() for part in parts]
+        chosen = names[6::10]
+        tested = names[::10]
+        trained = [name for name in names if name not in chosen + tested]
+        parts = []
+        for part in (trained, chosen, tested):
+            parts.append("\n".join(topics[name] for name in part).encode())
     else:
         data = read_file(path)
         tenth = len(data) // 10
-        parts = [data[:-2 * tenth], data[-2 * tenth:-tenth], data[-tenth:]]
+        parts = [data[: -2 * tenth], data[-2 * tenth : -tenth], data[-tenth:]]
         if tenth <= TEXT_ROW:
-            raise UserError(f"--data {path} has {len(data)} bytes, too few: its last tenth is held out and must "
-                            f"be longer than a row, so at least {10 * (TEXT_ROW + 1)} are needed")
+            raise UserError(
+                f"--data {path} has {len(data)} bytes, too few: its last tenth is held out and "
+                f"must be longer than a row, so at least {10 * (TEXT_ROW + 1)} are needed"
+            )
     return [np.frombuffer(part, np.uint8).astype(np.int64) for part in parts]
 
 
@@ -373,51 +487,65 @@ def read_file(path: Path) -> bytes:
 
 
 def text_row(rng: Rng, text: np.ndarray, length: int, passage: int) -> Rows:
-    """A passage, other text up to `length`, and the passage again, of which the second reading is scored.
+    """
+    A passage, other text up to `length`, and the passage again, of which the second reading is
+    scored.
 
-        row      to be or not ... Whether 'tis nobler ... to be or not
-        scored   0000000000000 0000000000000000000000000 1111111111111
+    row      to be or not ... Whether 'tis nobler ... to be or not
+    scored   0000000000000 0000000000000000000000000 1111111111111
     """
     first, other = rng.integers(0, len(text) - passage, 2)
     between = np.take(text, range(other, other + length + 1 - 2 * passage), mode="wrap")
-    row = np.concatenate([text[first:first + passage], between, text[first:first + passage]])
+    row = np.concatenate([text[first : first + passage], between, text[first : first + passage]])
     return row, np.arange(length + 1) > length - passage
 
 
 class Text:
-    """Bytes. Of eight rows in training two are plain text, in two a passage comes twice, and four are a passage
-    over and over: without these, text offers so little reward for looking back that 500 steps do not find it.
-    One layer that retrieves looks back as well as two, and leaves parameters for the width, which text needs. Sixteen
-    chunks of two bytes cost no more attention than eight of four, and tell two similar passages apart.
-    Tests: held-out text, and the second reading of 128 held-out bytes in rows of each length."""
+    """
+    Bytes. Of eight rows in training two are plain text, in two a passage comes twice, and four are
+    a passage over and over: without these, text offers so little reward for looking back that 500
+    steps do not find it. One layer that retrieves looks back as well as two, and leaves parameters
+    for the width, which text needs. Sixteen chunks of two bytes cost no more attention than eight
+    of four, and tell two similar passages apart. Tests: held-out text, and the second reading of
+    128 held-out bytes in rows of each length.
+    """
 
     vocab_size, unit, lengths = 256, "bytes", [TEXT_ROW, 2048, 8192]
     lr, steps, test_top_k = {**rates(3e-2, 6.7e-3, 1e-2), "retrieval": 1e-2}, 700, 32
     config = {"chunk_size": 2, "d_conv": 8, "top_k": 16, "retrieval": [0]}
 
     def __init__(self, data: Path | None = None):
-        self.train, self.validation, self.held_out = parts = read_text(data)
-        self.fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()[:8]  # for --resume, to notice another text
+        self.train, self.validation, self.held_out = read_text(data)
+        every = np.concatenate([self.train, self.validation, self.held_out])
+        self.fingerprint = hashlib.sha256(every).hexdigest()[:8]  # by which --resume knows the text
 
     def batch(self, rng: Rng) -> Rows:
         train = self.train
-        at, sizes = rng.integers(0, len(train) - TEXT_ROW, 6), rng.integers(32, 257, 4)
-        rows = [train[i:i + TEXT_ROW + 1] for i in at[:2]]
-        rows += [text_row(rng, train, TEXT_ROW, rng.integers(64, 193))[0] for _ in range(2)]
-        rows += [np.resize(train[i:i + size], TEXT_ROW + 1) for i, size in zip(at[2:], sizes)]
+        at = rng.integers(0, len(train) - TEXT_ROW, 6)
+        sizes = rng.integers(32, 257, 4)
+        rows = [train[i : i + TEXT_ROW + 1] for i in at[:2]]
+        for _ in range(2):
+            row, _ = text_row(rng, train, TEXT_ROW, rng.integers(64, 193))
+            rows.append(row)
+        for i, size in zip(at[2:], sizes, strict=True):
+            rows.append(np.resize(train[i : i + size], TEXT_ROW + 1))
         return shift(rows, np.ones((8, TEXT_ROW + 1), dtype=bool))
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
         tests = {}
         if length == TEXT_ROW:
             at = rng.integers(0, len(self.held_out) - TEXT_ROW, 64)
-            plain = [self.held_out[i:i + length + 1] for i in at]
+            plain = [self.held_out[i : i + length + 1] for i in at]
             tests["held-out"] = shift(plain, np.ones((64, length + 1), dtype=bool))
         rows = [text_row(rng, self.held_out, length, 128) for _ in range(max(8, 16384 // length))]
-        return {**tests, f"again {length}": shift(*zip(*rows))}
+        tests[f"again {length}"] = stacked(rows)
+        return tests
 
 
-# ------------------------------------------------------------------------------------------- all of them
+# --------------------------------------------------------------------------------------------------
+# All of them
+
+
 class Copying(train_toy.Copying):
     lr = rates(2e-2, 3e-3, 1e-2)
 
@@ -428,20 +556,46 @@ class Bilingual(train_toy.Bilingual):
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "copy": Copying, "bilingual": Bilingual, "ngram": Ngram, "mqar": Mqar, "recall": Recall, "noisy": Noisy,
-    "fuzzy": Fuzzy, "selective": Selective, "memorize": Memorize, "compress": Compress, "needle": Needle,
-    "phonebook": Phonebook, "text": Text}
+    "copy": Copying,
+    "bilingual": Bilingual,
+    "ngram": Ngram,
+    "mqar": Mqar,
+    "recall": Recall,
+    "noisy": Noisy,
+    "fuzzy": Fuzzy,
+    "selective": Selective,
+    "memorize": Memorize,
+    "compress": Compress,
+    "needle": Needle,
+    "phonebook": Phonebook,
+    "text": Text,
+}
 
 LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even ones
-    "copy": (1, 100_000), "bilingual": (1, 32), "ngram": (7, 1500), "mqar": (1, 63), "recall": (16, 16384),
-    "noisy": (16, 16384), "fuzzy": (16, 16384), "selective": (34, 100_000), "memorize": (2, 100_000),
-    "compress": (2, 1000), "needle": (4, 2**24), "phonebook": (1, 20_000), "text": (256, 2**20)}
+    "copy": (1, 100_000),
+    "bilingual": (1, 32),
+    "ngram": (7, 1500),
+    "mqar": (1, 63),
+    "recall": (16, 16384),
+    "noisy": (16, 16384),
+    "fuzzy": (16, 16384),
+    "selective": (34, 100_000),
+    "memorize": (2, 100_000),
+    "compress": (2, 1000),
+    "needle": (4, 2**24),
+    "phonebook": (1, 20_000),
+    "text": (256, 2**20),
+}
 
 
 def check_lengths(name: str, task: Any) -> None:
     low, high = LIMITS[name]
     for length in task.lengths:
         if not low <= length <= high:
-            raise UserError(f"--lengths: {name} is tested on {low} to {high} {task.unit}, got {length}")
+            raise UserError(
+                f"--lengths: {name} is tested on {low} to {high} {task.unit}, got {length}"
+            )
         if length % 2 and name in ("recall", "noisy", "memorize"):
-            raise UserError(f"--lengths: {name} is tested on an even number of {task.unit}, got {length}")
+            raise UserError(
+                f"--lengths: {name} is tested on an even number of {task.unit}, got {length}"
+            )

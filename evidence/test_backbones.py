@@ -32,14 +32,22 @@ def test_any_recurrence_copies_with_the_branch_and_not_without():
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
         for step in range(100):
             rows = map(torch.as_tensor, packed(rng, copy_string, 4, 16, row=70))
-            train_toy.train_step(model, optimizer, 5e-3 * min((step + 1) / 10, 1 - step / 100), *rows)
+            train_toy.train_step(
+                model, optimizer, 5e-3 * min((step + 1) / 10, 1 - step / 100), *rows
+            )
         for length in (16, 64):
             rows = test(rng, length)[str(length)]
             accuracy[retrieval, length] = train_toy.evaluate(model, rows, "cpu")["token_accuracy"]
-        print(f"\nnn.GRU, {retrieval=}, {train_toy.count(model):,} parameters: of 16 letters "
-              f"{accuracy[retrieval, 16]:.3f} right, of 64 {accuracy[retrieval, 64]:.3f}", end="")
+        print(
+            f"\nnn.GRU, {retrieval=}, {train_toy.count(model):,} parameters: of 16 letters "
+            f"{accuracy[retrieval, 16]:.3f} right, of 64 {accuracy[retrieval, 64]:.3f}",
+            end="",
+        )
     assert accuracy[True, 16] > 0.9 and accuracy[True, 64] > 0.75
-    assert accuracy[True, 16] > accuracy[False, 16] + 0.3 and accuracy[True, 64] > accuracy[False, 64] + 0.5
+    assert (
+        accuracy[True, 16] > accuracy[False, 16] + 0.3
+        and accuracy[True, 64] > accuracy[False, 64] + 0.5
+    )
 
 
 class Bad(nn.Module):
@@ -55,16 +63,35 @@ class Bad(nn.Module):
         new = h[:, -1].clone()
         if state is not None and self.mistake == "in place":
             new = state.copy_(new)
-        return {"no state": h, "none": (h, None), "shape": (h[..., :2], new), "ahead": (h.flip(1), new),
-                "rows": (h.flip(0), new), "nan": (h * math.nan, new), "batch last": (h, new.mT),
-                "cache": (h, {"cache": self})}.get(self.mistake, (h, new))
+        return {
+            "no state": h,
+            "none": (h, None),
+            "shape": (h[..., :2], new),
+            "ahead": (h.flip(1), new),
+            "rows": (h.flip(0), new),
+            "nan": (h * math.nan, new),
+            "batch last": (h, new.mT),
+            "cache": (h, {"cache": self}),
+        }.get(self.mistake, (h, new))
 
 
-@pytest.mark.parametrize("module, words", [
-    (Bad("no state"), ["state", "Tensor"]), (Bad("none"), ["not None"]), (Bad("shape"), ["[2, 6, 4]", "[2, 6, 2]"]),
-    (Bad("ahead"), ["later"]), (Bad("rows"), ["rows", "batch_first"]), (nn.GRU(4, 4), ["batch_first"]),
-    (Bad("in place"), ["changes the state"]), (Bad("forgets"), ["state law"]), (Bad("single"), ["single token"]),
-    (Bad("nan"), ["not finite"]), (Bad("batch last"), ["batch first"]), (Bad("cache"), ["made of tensors"])])
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        (Bad("no state"), ["state", "Tensor"]),
+        (Bad("none"), ["not None"]),
+        (Bad("shape"), ["[2, 6, 4]", "[2, 6, 2]"]),
+        (Bad("ahead"), ["later"]),
+        (Bad("rows"), ["rows", "batch_first"]),
+        (nn.GRU(4, 4), ["batch_first"]),
+        (Bad("in place"), ["changes the state"]),
+        (Bad("forgets"), ["state law"]),
+        (Bad("single"), ["single token"]),
+        (Bad("nan"), ["not finite"]),
+        (Bad("batch last"), ["batch first"]),
+        (Bad("cache"), ["made of tensors"]),
+    ],
+)
 def test_check_backbone_names_the_mistake(module, words):
     one_line(ValueError, lambda: check_backbone(module, 4), "backbone", *words)
 
@@ -80,19 +107,29 @@ def test_check_backbone_accepts_what_works():
 def test_rows_of_a_state_can_be_chosen_and_a_state_saved(backbone, monkeypatch, tmp_path):
     monkeypatch.setitem(BACKBONES, "gru", gru)
     monkeypatch.setitem(BACKBONES, "lstm", lambda d: nn.LSTM(d, d, batch_first=True))
-    model = small_model(backbone, n_layer=1, search="ivf", n_list=1, n_probe=1)
+    model = small_model(backbone, n_layer=1, search="ivf", nlist=1, nprobe=1)
     for B, rows in ((3, torch.tensor([2, 0, 2, 1])), (1, torch.tensor([0, 0]))):
         tokens = random_tokens(B, 90)
         _, state = model(tokens[:, :71])
         assert state.layers[0][2].lists is not None
         torch.save(state, tmp_path / "state.pt")
         chosen = torch.load(tmp_path / "state.pt", weights_only=True).to("cpu").select(rows)
-        assert_close(model(tokens[rows, 71:], chosen)[0], model(tokens[rows])[0][:, 71:], rtol=0, atol=1e-9)
-        assert_close(model(tokens[:, 71:], deepcopy(state.detach()))[0], model(tokens)[0][:, 71:], rtol=0, atol=1e-9)
+        assert_close(
+            model(tokens[rows, 71:], chosen)[0], model(tokens[rows])[0][:, 71:], rtol=0, atol=1e-9
+        )
+        assert_close(
+            model(tokens[:, 71:], deepcopy(state.detach()))[0],
+            model(tokens)[0][:, 71:],
+            rtol=0,
+            atol=1e-9,
+        )
 
 
 def test_a_graph_survives_what_is_written_behind_its_memory():
-    """From one state, with room for more: a call with a graph, one that fills the room, then the graph's gradient."""
+    """
+    From one state, with room for more: a call with a graph, one that fills the room, then the
+    graph's gradient.
+    """
     model, tokens, gradients = small_model(), random_tokens(1, 30), []
     with torch.no_grad():
         state = model(tokens[:, 20:24], model(tokens[:, :20])[1])[1]
@@ -100,9 +137,11 @@ def test_a_graph_survives_what_is_written_behind_its_memory():
         logits, _ = model(tokens[:, 24:25], state)
         if written:
             with torch.no_grad():
-                model(tokens[:, 25:25 + written], state)
-        gradients.append(torch.autograd.grad(logits.sum(), tuple(model.parameters()), allow_unused=True))
-    for before, after in zip(*gradients):
+                model(tokens[:, 25 : 25 + written], state)
+        gradients.append(
+            torch.autograd.grad(logits.sum(), tuple(model.parameters()), allow_unused=True)
+        )
+    for before, after in zip(*gradients, strict=True):
         assert before is after is None or torch.equal(before, after)
 
 
@@ -122,32 +161,36 @@ def test_scores_stay_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens)
         trained = [layer.retrieval.opened for layer in model.layers]
-        for one, other in zip(trained, model.inspect(tokens)):
+        for one, other in zip(trained, model.inspect(tokens), strict=True):
             assert one["score"].dtype == other["score"].dtype == torch.float32
             assert_close(one["score"], other["score"])
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda: Retrieval(10, 4), ["d_model", "10", "4"]),
-    (lambda: Retrieval(16)(*torch.zeros(3, 1, 9, 16), top_k=0), ["top_k", "0"])])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Retrieval(10, 4), ["d_model", "10", "4"]),
+        (lambda: Retrieval(16)(*torch.zeros(3, 1, 9, 16), top_k=0), ["top_k", "0"]),
+    ],
+)
 def test_the_branch_alone_names_a_mistake(make, words):
     one_line(ValueError, make, *words)
 
 
 def test_a_closed_branch_changes_nothing_until_it_is_trained():
     z, u, y = (torch.randn(2, 21, 16) for _ in range(3))
-    branch = Retrieval(16, closed=True)
+    branch = Retrieval(16, zero_init=True)
     out = branch(z, u, y)[0]
     assert torch.equal(out, y)
     out.square().sum().backward()
     assert branch.gate.grad != 0 and branch.output.weight.grad.abs().max() == 0
     branch.gate.data.fill_(1.0)
     open_ = Retrieval(16)
-    open_.load_state_dict(branch.state_dict(), strict=False)
+    open_.load_state_dict(branch.state_dict(), strict=True)
     assert torch.equal(branch(z, u, y)[0], open_(z, u, y)[0])
 
 
-# ----------------------------------------------------------------------------- recurrences of other packages
+# recurrences of other packages
 def foreign(name, d_model=16):
     make, _ = backbones.FOREIGN[name]
     try:
@@ -159,7 +202,10 @@ def foreign(name, d_model=16):
 
 @pytest.mark.parametrize("name", backbones.FOREIGN)
 def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
-    """Alone and in a model that can be trained, with a state whose rows can be chosen. Some compute in float32."""
+    """
+    Alone and in a model that can be trained, with a state whose rows can be chosen. Some compute in
+    float32.
+    """
     make = foreign(name)
     check_backbone(make(16), 16)
     assert backbones.law_error(make(16), 16) < 1e-5
@@ -167,14 +213,21 @@ def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
     tokens = random_tokens(3, 27)
     whole, _ = model.train()(tokens)
     whole[:, 20:].logsumexp(-1).sum().backward()
-    assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in model.layers[0].backbone.parameters())
+    assert all(
+        weight.grad.isfinite().all() and weight.grad.any()
+        for weight in model.layers[0].backbone.parameters()
+    )
     with torch.no_grad():
         _, state = model.eval()(tokens[:, :18])
-        for t in range(18, 27):  # also one token at a time, and what training computes is what a test computes
-            logits, state = model(tokens[:, t:t + 1], state)
+        for t in range(
+            18, 27
+        ):  # also one token at a time, and what training computes is what a test computes
+            logits, state = model(tokens[:, t : t + 1], state)
             assert_close(logits[:, 0], whole[:, t], rtol=0, atol=1e-5)
         _, state = model(tokens[:, :18])
-        assert_close(model(tokens[rows, 18:], state.select(rows))[0], whole[rows, 18:], rtol=0, atol=1e-5)
+        assert_close(
+            model(tokens[rows, 18:], state.select(rows))[0], whole[rows, 18:], rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ["minGRU-pytorch minGRU", "transformers Mamba-2"])
@@ -185,13 +238,16 @@ def test_a_foreign_recurrence_copies_with_the_branch(name, monkeypatch):
     assert score["32"] > 0.9
 
 
-# ---------------------------------------------------------------- in a model that is trained already
+# in a model that is trained already
 @pytest.fixture
 def tiny():
     """A Mamba of Hugging Face's, evidence.pretrained, and three rows of bytes."""
     pytest.importorskip("transformers")
     from evidence import pretrained
-    config = pretrained.MambaConfig(vocab_size=256, hidden_size=16, state_size=4, num_hidden_layers=2)
+
+    config = pretrained.MambaConfig(
+        vocab_size=256, hidden_size=16, state_size=4, num_hidden_layers=2
+    )
     return pretrained, pretrained.MambaForCausalLM(config).eval(), random_tokens(3, 40, 256)
 
 
@@ -211,11 +267,23 @@ def test_a_closed_branch_leaves_a_pretrained_model_as_it_is(tiny):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_branch_in_a_pretrained_model_goes_with_its_own_cache(tiny, beams):
-    """Read once and then token by token, rows reordered by beam search, it writes what it writes without a cache."""
+    """
+    Read once and then token by token, rows reordered by beam search, it writes what it writes
+    without a cache.
+    """
     pretrained, model, tokens = tiny
     open_gates(pretrained.add_branch(model))
-    cached, whole = (model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, num_beams=beams,
-                                    max_new_tokens=20, use_cache=use) for use in (True, False))
+    cached, whole = (
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            num_beams=beams,
+            max_new_tokens=20,
+            use_cache=use,
+        )
+        for use in (True, False)
+    )
     assert cached.shape == (3, 60) and torch.equal(cached, whole)
 
 
@@ -223,13 +291,23 @@ def test_a_branch_in_a_pretrained_model_refuses_padding(tiny):
     pretrained, model, tokens = tiny
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    one_line(ValueError, lambda: pretrained.add_branch(model)(tokens, attention_mask=mask), "padding", "equal length")
+    one_line(
+        ValueError,
+        lambda: pretrained.add_branch(model)(tokens, attention_mask=mask),
+        "padding",
+        "equal length",
+    )
 
 
 def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path):
     pretrained, model, tokens = tiny
     report = pretrained.demonstrate(model.config, 2, tmp_path, strings=2)
-    kinds = ("trained on text", "with a closed branch", "and on strings and text", "saved and loaded")
+    kinds = (
+        "trained on text",
+        "with a closed branch",
+        "and on strings and text",
+        "saved and loaded",
+    )
     base, closed, trained, loaded = (report[kind]["bits"] for kind in kinds)
     assert closed == pytest.approx(base, abs=1e-6) and trained != closed and loaded == trained
     after = pretrained.load(tmp_path / "base", tmp_path / "branch.pt")
@@ -241,7 +319,10 @@ def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path):
 
 @pytest.mark.parametrize("backbone", ["gated", "ssm"])
 def test_training_compiles_without_a_graph_break(backbone):
-    model, (tokens, targets) = small_model(backbone, n_layer=1), random_tokens(2, 2 * 20).split(20, dim=1)
+    model, (tokens, targets) = (
+        small_model(backbone, n_layer=1),
+        random_tokens(2, 2 * 20).split(20, dim=1),
+    )
 
     def loss_of(tokens, targets):
         return nn.functional.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
@@ -256,7 +337,9 @@ def test_training_compiles_without_a_graph_break(backbone):
 
 
 @pytest.mark.parametrize("loop", ["scan", "attend"])
-def test_a_second_derivative_is_refused_by_the_fast_loops_and_right_in_the_slow_ones(loop, monkeypatch):
+def test_a_second_derivative_is_refused_by_the_fast_loops_and_right_in_the_slow_ones(
+    loop, monkeypatch
+):
     x = torch.rand(1, 5, 2, 2, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([[[0, -1], [0, 1], [1, 0], [1, 0], [0, 1]]])
 
@@ -264,8 +347,15 @@ def test_a_second_derivative_is_refused_by_the_fast_loops_and_right_in_the_slow_
         if loop == "scan":
             return resona.scan(x.flatten(2), x.flatten(2).square())
         chunks = x[:, :4].unflatten(1, (2, 2))
-        return resona.attend(x, chunks, chunks.square(), x[..., 0].masked_fill(index < 0, -math.inf), index)
+        return resona.attend(
+            x, chunks, chunks.square(), x[..., 0].masked_fill(index < 0, -math.inf), index
+        )
 
-    one_line(ValueError, lambda: torch.autograd.grad(output(x).sum(), x, create_graph=True), "create_graph", "naive")
+    one_line(
+        ValueError,
+        lambda: torch.autograd.grad(output(x).sum(), x, create_graph=True),
+        "create_graph",
+        "naive",
+    )
     monkeypatch.setattr(resona, "IMPLEMENTATION", "naive")
     assert torch.autograd.gradgradcheck(output, x)
