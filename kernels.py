@@ -441,9 +441,11 @@ def search_backward(q: Tensor, c: Tensor, index: Tensor, dscore: Tensor) -> tupl
 # torch.compile does not look into a custom operator: register_fake tells it the shapes of the
 # results, register_autograd the gradients.
 
-scan_op = torch.library.custom_op("resona::scan", scan_forward, mutates_args=())
-scan_backward_op = torch.library.custom_op("resona::scan_backward", scan_backward, mutates_args=())
-search_op = torch.library.custom_op("resona::search", search_forward, mutates_args=())
+scan_op = torch.library.custom_op("resona_triton::scan", scan_forward, mutates_args=())
+scan_backward_op = torch.library.custom_op(
+    "resona_triton::scan_backward", scan_backward, mutates_args=()
+)
+search_op = torch.library.custom_op("resona_triton::search", search_forward, mutates_args=())
 
 
 @scan_op.register_fake

@@ -1,347 +1,407 @@
-"""The kernels beyond their equality with the loops: ties, operators, compiled for GPUs that are not there; and what a
-token costs. python -m pytest evidence -k "kernel or costs"; without Triton most of it is skipped."""
+"""The kernels beyond their equality with the loops, and what a token costs.
 
+    python -m pytest evidence/test_kernels.py
+
+Without a GPU they run in Triton's interpreter, with small tiles, and are compiled for GPUs that are
+not there. Without Triton most of this is skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from test_resona import (DEVICE, GPU, needs_triton, one_line, python, random_tokens, scan_inputs, search_inputs,
-                         small_model, small_tiles)  # noqa: F401  (small_tiles is a fixture)
-
-import kernels
 import resona
+from resona import Resona, ResonaConfig, scan_naive, search_naive
+
+try:
+    import kernels
+except ImportError:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
 from evidence import benchmark_kernels
-from resona import Resona, ResonaConfig, search_naive
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SMALL_TILES = {"TILE_T": 4, "MIN_BLOCK": 8, "TILE_Q": 16, "TILE_M": 16, "MIN_PROGRAMS": 80}
 
 
-@needs_triton
-@pytest.mark.parametrize("top_k", [1, 4, 9])
-def test_kernel_search_opens_a_chunk_once_though_scores_are_equal(top_k, small_tiles):
-    q, c = (torch.randint(-2, 3, (2, n, 3)).float().to(DEVICE) for n in (50, 50))
-    score, index = kernels.search(q, c, top_k, 1)
-    assert torch.equal(score, search_naive(q, c, top_k, 1)[0])
-    for t in range(50):
-        for row in index[:, t].tolist():
-            found = [m for m in row if m >= 0]
-            assert len(found) == min(t, top_k) == len(set(found)) and all(m < t for m in found)
-    scores = (q @ c.mT).gather(2, index.clamp(min=0)).masked_fill(index < 0, -math.inf)
-    assert torch.equal(scores, score)
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
-@needs_triton
-def test_kernels_are_sound_custom_operators(small_tiles):
-    a, b, h0 = (x.detach().to(DEVICE).requires_grad_() for x in scan_inputs(1, 5, 3, torch.float32))
-    torch.library.opcheck(kernels.scan_op, (a, b, h0))
-    torch.library.opcheck(kernels.scan_backward_op, tuple(x.detach() for x in (a, b, h0, b)))
-    q, c = (x.detach().to(DEVICE).requires_grad_() for x in search_inputs(1, 9, 4, 3, torch.float32))
-    torch.library.opcheck(kernels.search_op, (q, c, 2, 2, 0))
-    x = torch.rand(1, 4, 2, 3, device=DEVICE, requires_grad=True)
-    chunks, index = (x.detach().unflatten(1, (2, 2)).requires_grad_() for _ in range(2)), torch.tensor([[[0, 1]] * 4])
-    score = torch.rand(1, 4, 2, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(kernels.attend_op, (x, *chunks, score, index.to(DEVICE)))
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles in few steps; on a GPU, the tiles that are used in earnest."""
+    if not GPU:
+        for name, value in SMALL_TILES.items():
+            monkeypatch.setattr(kernels, name, value)
 
 
-@needs_triton
-@pytest.mark.parametrize("backbone", ["gated", "ssm"])
-def test_model_on_kernels_matches_parallel_and_compiles_whole(backbone, small_tiles, monkeypatch):
-    model = small_model(backbone, n_layer=1).float().to(DEVICE)
-    tokens = torch.randint(0, 11, (1, 13), device=DEVICE)
-    monkeypatch.setattr(resona, "IMPLEMENTATION", "parallel")
-    want = model(tokens)[0]
-    monkeypatch.setattr(resona, "IMPLEMENTATION", "triton")
-    used = []
-    monkeypatch.setattr(kernels, "launch_scan", lambda *args, launch=kernels.launch_scan, **kwargs: (
-        used.append(0), launch(*args, **kwargs))[1])
-    got = model(tokens)[0]
-    assert used
-    assert_close(got, want)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens)[0]
-    assert_close(compiled, want)
-    grads = [torch.autograd.grad(x.square().sum(), list(model.parameters())) for x in (compiled, want)]
-    assert_close(*grads, rtol=1e-4, atol=1e-4)
+class Recorder:
+    """In place of a kernel: launches it and keeps the arguments."""
 
-
-def test_kernels_refuse_what_does_not_fit_together():
-    x, h0 = torch.rand(2, 5, 3, device=DEVICE), torch.rand(2, 3, device=DEVICE)
-    for a, b, h in ((x, x[:, :2], h0), (x[0], x[0], None), (x, x, h0[:1]), (x[:1], x, h0)):
-        one_line(ValueError, lambda: kernels.scan(a, b, h), str(tuple(a.shape)), str(tuple(b.shape)))
-    for q, c in ((x, x[:1]), (x, x[..., :2]), (x, h0)):
-        one_line(ValueError, lambda: kernels.search(q, c, 1, 1), str(tuple(q.shape)), str(tuple(c.shape)))
-    index = torch.zeros(2, 5, 1, dtype=torch.int64, device=DEVICE)
-    for k in (x.view(2, 5, 3, 1, 1), x.view(2, 5, 1, 1, 3)[:1]):
-        one_line(ValueError, lambda: kernels.attend(x.unsqueeze(2), k, k, index.float(), index), str(tuple(k.shape)))
-    for numbers in ((0, 1), (1, 0), (1, 1, -1)):
-        one_line(ValueError, lambda: kernels.search(x, x, *numbers), *map(str, numbers))
-
-
-@needs_triton
-@pytest.mark.parametrize("kinds", [(torch.float32, torch.float16), (torch.float16, torch.float32)])
-def test_kernels_take_what_autocast_mixes(kinds, small_tiles):
-    x, other = (torch.rand(2, 9, 6, device=DEVICE).to(kind).requires_grad_() for kind in kinds)
-    q, k = (y.unflatten(2, (2, 3)) for y in (x, other))
-    index = torch.randint(0, 3, (2, 9, 2), device=DEVICE)
-    for name, call in (("scan", (x, other)), ("search", (x, other[:, ::3], 2, 2, 9)),
-                       ("attend", (q, k.unflatten(1, (3, 3)), k.unflatten(1, (3, 3)), x[..., :2], index))):
-        outs = [getattr(where, name)(*call) for where in (kernels, resona)]
-        outs = [out[0] if name == "search" else out for out in outs]
-        assert outs[0].dtype == outs[1].dtype
-        assert_close(*outs, rtol=4e-3, atol=4e-3)
-        grads = [torch.autograd.grad(out.float().square().sum(), (x, other), retain_graph=True) for out in outs]
-        assert [grad.dtype for grad in grads[0]] == [*kinds]
-        assert_close(*grads, rtol=2e-2, atol=2e-2)
-
-
-@needs_triton
-def test_kernels_read_a_memory_that_grows_without_a_copy(small_tiles):
-    room = torch.rand(2, 9, 4, 2, 3, device=DEVICE)  # of which seven chunks are filled
-    k, c, index = room[:, :7], room.flatten(2)[:, :7], torch.randint(-1, 7, (2, 5, 3), device=DEVICE)
-    assert not k.is_contiguous() and kernels._in_table(k)[0] is k
-    q, score = torch.rand(2, 5, 2, 3, device=DEVICE), torch.rand(2, 5, 3, device=DEVICE)
-    assert torch.equal(kernels.attend(q, k, k, score, index), kernels.attend(q, *[k.contiguous()] * 2, score, index))
-    assert_close(kernels.search(c[:, :5], c, 3, 4, 28), search_naive(c[:, :5], c, 3, 4, 28))
-    scattered = room.transpose(0, 1)[:2]  # what stands otherwise is copied
-    assert kernels._in_table(scattered)[0].is_contiguous() and kernels._in_table(scattered)[1] == 2
-
-
-def test_where_a_kernel_cannot_run_it_says_so(monkeypatch):
-    x, half = torch.rand(1, 5, 2, device=DEVICE), torch.rand(1, 5, 2, device=DEVICE).half()
-    if kernels.HAS_TRITON:
-        assert kernels.runs(x) and kernels.runs(half) and not kernels.runs(x.double())
-        one_line(NotImplementedError, lambda: kernels.scan(x.double(), x.double()), "float64")
-        one_line(NotImplementedError, lambda: kernels.search(x.double(), x.double(), 1, 1), "float64")
-        one_line(NotImplementedError, lambda: kernels.search(x, x, kernels.MAX_TOP_K + 1, 1), "top_k", "65")
-        wide = torch.rand(1, 5, 129, device=DEVICE)
-        one_line(NotImplementedError, lambda: kernels.search(wide, wide, 1, 1), "S", "128", "129")
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    x = x.cpu()
-    assert not kernels.runs(x)
-    for call in (lambda: kernels.scan(x, x), lambda: kernels.search(x, x, 1, 1)):
-        one_line(NotImplementedError, call, "Triton", "GPU" if not kernels.HAS_TRITON else "cpu")
-
-
-def test_everything_imports_without_triton():
-    done = python("-c", "import sys; sys.modules['triton'] = None\n"
-                        "import torch, kernels, resona\n"
-                        "x = torch.rand(1, 5, 2)\n"
-                        "assert not kernels.HAS_TRITON and not kernels.runs(x)\n"
-                        "for call in (lambda: kernels.scan(x, x), lambda: kernels.search(x, x, 1, 1)):\n"
-                        "    try: call()\n"
-                        "    except NotImplementedError as error: assert 'no Triton' in str(error), error\n"
-                        "    else: assert False\n"
-                        "assert torch.equal(resona.scan(x, x), resona.scan_parallel(x, x))\n"
-                        "resona.Resona(resona.ResonaConfig(5)).generate(torch.zeros(1, 9, dtype=torch.long), 2)")
-    assert done.returncode == 0, done.stderr
-
-
-COMPILE = r"""
-import os, re, subprocess, tempfile, torch, triton, kernels
-from triton.backends import nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-def build(kernel, target, types, constants, warps, aligned):
-    # as at launch: torch's memory begins at multiples of 16, and so do sizes where `aligned`
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    even = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
-            if kind[0] == "*" or kind == "i32" and name in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=even)
-    return triton.compile(source, target=target, options={"num_warps": warps})
-
-def tool(name, cubin, *flags):
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        open(path, "wb").write(cubin)
-        program = os.path.join(os.path.dirname(nvidia.__file__), "bin", name)
-        return subprocess.run([program, *flags, path], capture_output=True, text=True).stdout
-
-def late_loads(cubin, uses):  # loads from memory after the first use or store, in the longest loop
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", tool("cuobjdump", cubin, "-sass"))
-    loops = [(int(target[1], 16), int(at, 16)) for at, name, rest in code
-             if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", rest))]
-    start, end = max((loop for loop in loops if loop[0] < loop[1]), key=lambda loop: loop[1] - loop[0])
-    names = [name for at, name, _ in code if start <= int(at, 16) <= end]
-    first = next((i for i, name in enumerate(names) if name.startswith(uses)), len(names))
-    return sum(name.startswith("LDG") for name in names[first:])
-
-def show(kernel, *what):
-    if target is HIP:
-        return print(*what, "hip 0 0", kernel.metadata.shared)
-    usage = tool("cuobjdump", cubin := kernel.asm["cubin"], "--dump-resource-usage")
-    code = kernel.asm["ttgir"]
-    flat = re.findall(r"(#shared\d*) = .*vec = 1, perPhase = 1, maxPhase = 1,", code)  # rows straight below each other
-    products = [line for line in code.splitlines() if re.search("warp_group_dot|local_load.*dot_op", line)]
-    conflicts = sum(bool(re.search(name + r"\b", line)) for name in flat for line in products)
-    if what[0] == "scan":
-        conflicts = late_loads(cubin, ("STG", "FFMA", "FMUL") if what[1] == "fp32" else "STG")
-    spilled, registers = (re.search(name + r":(\d+)", usage)[1] for name in ("STACK", "REG"))
-    print(*what, spilled, registers, conflicts, kernel.metadata.shared)
-
-CUDA, HIP = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
-for target in (CUDA, HIP):
-    for dtype, width in (("fp32", 4), ("bf16", 2)) if target is CUDA else (("fp32", 4),):
-        for backward in (False, True):
-            for summary in (False, True):
-                for aligned in (("L", "block"), ("block",)) if dtype == "fp32" else (("block",),):
-                    types = dict.fromkeys(("a", "b", "h0", "h", "out", "da"), "*" + dtype)
-                    types.update(block_a="*fp32", block_b="*fp32")
-                    sizes = {"D": 1536, "SUMMARY": summary, "BACKWARD": backward, "BT": kernels.BT, "BD": 128 // width}
-                    show(build(kernels.scan_kernel, target, types, sizes, 1, aligned), "scan", dtype, backward, summary)
-        for name, kernel in ATTEND:
-            for shape in ((2, 4, 16), (16, 4, 64)):
-                warps = kernels.attend_slab(torch.empty(1, 1, *shape, device="meta"))[1]
-                types = dict.fromkeys(("q", "k", "v", "r", "dr"), "*" + dtype)
-                types.update(dict.fromkeys(("index", "rows", "order"), "*i64"), scale="fp32")
-                types.update(dict.fromkeys(("score", "lse", "delta", "dq", "dk", "dv", "dscore"), "*fp32"))
-                sizes = dict(zip("UHE", shape), SEGMENT=kernels.SEGMENT)
-                sizes = {name: size for name, size in sizes.items() if name in kernel.arg_names}
-                show(build(kernel, target, types, sizes, warps, ()), name, dtype, *shape)
-    for slots, width, dtype in ((1, 64, "fp32"), (4, 32, "fp32"), (4, 32, "bf16"), (64, 64, "fp32"), (8, 128, "fp32")):
-        dot = "ieee" if target is HIP else "tf32" if dtype == "bf16" else "tf32x3"
-        sizes = {"BQ": kernels.BQ, "BM": min(kernels.BM, 4096 // width), "SP": width, "KP": slots, "DOT": dot}
-        types = {"q": "*" + dtype, "c": "*" + dtype, "best": "*i64"}
-        show(build(kernels.search_kernel, target, types, sizes, 4, ("S",)), "search", dtype, slots, width)
-    for width in (1, 64, 2048):
-        types = {"best": "*i64", "score": "*fp32", "index": "*i64"}
-        sizes = {"WIDTH": width, "BR": max(1, 1024 // width)}
-        show(build(kernels.merge_kernel, target, types, sizes, 4, ()), "merge", width, "-", "-")
-""".replace("ATTEND", '[("attend", kernels.attend_kernel), ("attend_backward", kernels.attend_backward_kernel)]')
-
-
-DECODE = r"""
-import torch, kernels
-
-class Record:  # in place of a kernel: what it would be compiled for
-    def __init__(self, kernel):
-        self.params, self.seen = kernel.params, set()
+    def __init__(self, monkeypatch, name: str):
+        self.kernel = getattr(kernels, name)
+        self.launched: list[tuple] = []
+        monkeypatch.setattr(kernels, name, self)
 
     def __getitem__(self, grid):
-        return lambda *args, **options: self.seen.add(tuple(
-            arg for param, arg in zip(self.params, args) if not param.do_not_specialize and not torch.is_tensor(arg)))
-
-for name in ("search_kernel", "merge_kernel", "attend_kernel"):
-    setattr(kernels, name, Record(getattr(kernels, name)))
-room, q = torch.zeros(2, 40000, 4, 2, 8), torch.zeros(2, 1, 2, 8)
-for M in (1, 2, 100, 128, 1000, 4096, 40000):
-    kernels.search_op(q.flatten(2), room[:, :M, 0].flatten(2), 4, 4, 4 * M)
-    kernels.attend_op(q, room[:, :M], room[:, :M], q[:, :, 0, :4], torch.zeros(2, 1, 4, dtype=torch.int64))
-print(*(len(getattr(kernels, name).seen) for name in ("search_kernel", "merge_kernel", "attend_kernel")))
-"""
+        def launch(*args, **options):
+            self.launched.append(args)
+            self.kernel[grid](*args, **options)
+        return launch
 
 
-@needs_triton
-def test_decoding_compiles_no_kernel_anew():
-    done = python("-c", DECODE)
-    assert done.stdout.split() == ["1", "1", "1"], done.stdout + done.stderr
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.rand(*shape, device=DEVICE).to(dtype).requires_grad_()
 
 
-@needs_triton
-def test_kernels_compile_for_gpus_as_they_are_launched():
-    done = python("-c", COMPILE)
-    assert done.returncode == 0, done.stderr[-2000:]
-    print(done.stdout)
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 8 + 4 + 4 + 4 + 8 + 4 + 2 * (5 + 3)
-    for name, *_, spilled, registers, bad, shared in rows:
-        # bytes of shared memory that a block may use on an H100 and on an MI300
-        assert int(shared) <= (65536 if spilled == "hip" else 232448), rows
-        assert spilled in ("hip", "0") and bad == "0", (name, _, spilled, registers, bad)
+def one_line(error, call, *words):
+    """The call raises this error, whose message is one line that holds these words."""
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is error
+    assert message and "\n" not in message, message
+    assert all(word in message for word in words), message
 
 
-def test_a_kernel_that_differs_or_fails_is_not_trusted(recwarn):
-    cpu = torch.device("cpu")
-
-    def wrong(*call):
-        return resona.scan_parallel(*call) + 0.1
-
-    def wrong_backward(a, b):
-        return resona.scan_parallel(a, b.detach())
-
-    def broken(*call):
-        raise RuntimeError("no registers left")
-
-    def unable(*call):
-        raise NotImplementedError
-
-    for kernel, trusted in ((resona.scan_parallel, True), (unable, True),
-                            (wrong, False), (wrong_backward, False), (broken, False)):
-        assert kernels.trusted(kernel, resona.scan_parallel, torch.float32, cpu) == trusted
-    for twin in (resona.search_parallel, resona.attend_parallel):
-        for grad in (torch.no_grad, torch.inference_mode, torch.enable_grad):  # the first use may be an evaluation
-            state = torch.get_rng_state()
-            with grad():
-                assert kernels._agree.__wrapped__(twin, twin, torch.float32, cpu)
-            assert torch.equal(state, torch.get_rng_state())
-    said = [str(one.message) for one in recwarn]
-    assert len(said) == 3 and "wrong is not used" in said[0] and "broken is not used: no registers left" in said[2]
+def python(*arguments: str) -> subprocess.CompletedProcess:
+    """A fresh Python without Triton's interpreter."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=clean, cwd=ROOT
+    )
 
 
-def test_trust_is_asked_while_a_model_is_compiled():
+# ----------------------------------------------------------------------------------------------
+# Results
+
+@pytest.mark.parametrize("top_k", [1, 9])
+def test_of_equal_scores_the_earlier_chunk_wins(top_k):
+    q = torch.randint(-2, 3, (2, 35, 3), device=DEVICE).float()
+    c = torch.randint(-2, 3, (2, 35, 3), device=DEVICE).float()
+    score, index = kernels.search(q, c, top_k, 1)
+    hidden = torch.ones(35, 35, dtype=torch.bool, device=DEVICE).triu()
+    exact = (q @ c.mT).masked_fill(hidden, -math.inf)
+    exact, order = exact.sort(dim=2, descending=True, stable=True)
+    assert torch.equal(score, exact[..., :top_k])
+    assert torch.equal(index, order[..., :top_k].masked_fill(score == -math.inf, -1))
+
+
+@pytest.mark.parametrize("big", [1e20, 1e38])
+def test_large_scores_of_both_signs_keep_their_order(big):
+    c = torch.tensor([0.0, -0.5, 0.5, -1.0, 1.0, -big, big], device=DEVICE).view(1, 7, 1)
+    q = torch.ones(1, 1, 1, device=DEVICE)
+    score, index = kernels.search(q, c, 8, 1, offset=9)
+    assert index.flatten().tolist() == [6, 4, 2, 0, 1, 3, 5, -1]
+    assert_close(score[0, 0, :7], c[0, index[0, 0, :7], 0])
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=str
+)
+def test_mixed_dtypes_as_under_autocast(dtypes):
+    x, other = (leaf(2, 9, 6, dtype=dtype) for dtype in dtypes)
+    cases = {
+        "scan": (kernels.scan(x, other), scan_naive(x, other)),
+        "search": (
+            kernels.search(x, other[:, ::3], 2, 2, 9)[0],
+            search_naive(x, other[:, ::3], 2, 2, 9)[0],
+        ),
+    }
+    for name, (got, want) in cases.items():
+        assert got.dtype == want.dtype, name
+        assert_close(got, want, rtol=4e-3, atol=4e-3)
+        weight = torch.rand_like(want)
+        ours = torch.autograd.grad((got * weight).sum(), (x, other))
+        theirs = torch.autograd.grad((want * weight).sum(), (x, other))
+        for which, our, their in zip(("first", "second"), ours, theirs, strict=True):
+            assert our.dtype == their.dtype
+            assert_close(
+                our, their, rtol=1e-2, atol=1e-2,
+                msg=lambda text, name=name, which=which: f"{name}, {which} input: {text}",
+            )
+
+
+def test_the_filled_part_of_a_longer_buffer_is_not_copied(monkeypatch):
+    buffer = torch.rand(2, 40, 6, device=DEVICE)
+    q = torch.rand(2, 5, 6, device=DEVICE)
+    launched = Recorder(monkeypatch, "search_kernel").launched
+    for c in (buffer[:, :33], buffer[:1, :33].expand(2, -1, -1)):
+        assert not c.is_contiguous()
+        assert_close(kernels.search(q, c, 3, 4, 132), search_naive(q, c, 3, 4, 132))
+        assert launched.pop()[1].data_ptr() == c.data_ptr()
+    scattered = buffer.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_close(kernels.search(q, scattered, 3, 4, 132), search_naive(q, scattered, 3, 4, 132))
+    assert launched.pop()[1].is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)], ids=str)
+def test_empty_tensors(shape):
+    B, L, D = shape
+    a, b, h0 = leaf(B, L, D), leaf(B, L, D), leaf(B, D)
+    h = kernels.scan(a, b, h0)
+    assert h.shape == shape
+    for x, grad in zip((a, b, h0), torch.autograd.grad(h.sum(), (a, b, h0)), strict=True):
+        assert grad.shape == x.shape and not grad.any()
+    score, index = kernels.search(a, b, 2, 1)
+    assert score.shape == index.shape == (B, L, 2)
+
+
+# ----------------------------------------------------------------------------------------------
+# Custom operators, torch.compile
+
+def test_kernels_are_sound_custom_operators():
+    a, b, h0 = leaf(1, 9, 3), leaf(1, 9, 3), leaf(1, 3)
+    torch.library.opcheck(kernels.scan_op, (a, b, h0))
+    with torch.no_grad():
+        torch.library.opcheck(kernels.scan_backward_op, (a, b, h0, b))
+    torch.library.opcheck(kernels.search_op, (leaf(1, 9, 3), leaf(1, 4, 3), 2, 2, 0))
+
+
+def test_a_second_derivative_is_refused():
+    a, b = leaf(1, 5, 3), leaf(1, 5, 3)
+    first, = torch.autograd.grad(kernels.scan(a, b).square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="scan_backward"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backbone", ["gated", "ssm"])
+def test_a_model_on_the_kernels_is_the_same_also_compiled(backbone, monkeypatch):
+    config = ResonaConfig(
+        11, d_model=16, n_layer=1, n_head=2, d_search=8, d_ff=16, top_k=3, backbone=backbone
+    )
+    model = Resona(config).to(DEVICE)
+    tokens = torch.randint(0, 11, (1, 13), device=DEVICE)
+    monkeypatch.setattr(resona, "BACKEND", "torch")
+    want = model(tokens)[0]
+    monkeypatch.setattr(resona, "BACKEND", "triton")
+    runs = [model]
+    if backbone == "gated":
+        runs.append(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    exact = torch.autograd.grad(want.square().sum(), parameters)
+    scans = Recorder(monkeypatch, "scan_forward_kernel").launched
+    searches = Recorder(monkeypatch, "search_kernel").launched
+    for run in runs:
+        got = run(tokens)[0]
+        assert scans and searches
+        scans.clear()
+        searches.clear()
+        assert_close(got, want)
+        grads = torch.autograd.grad(got.square().sum(), parameters)
+        for name, ours, theirs in zip(names, grads, exact, strict=True):
+            assert_close(
+                ours, theirs, rtol=1e-4, atol=1e-4,
+                msg=lambda text, name=name: f"gradient of {name}: {text}",
+            )
+
+
+# ----------------------------------------------------------------------------------------------
+# Errors
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, h0 = torch.rand(2, 5, 3, device=DEVICE), torch.rand(2, 3, device=DEVICE)
+    for a, b, h in ((x, x[:, :2], h0), (x[0], x[0], None), (x, x, h0[:1]), (x[:1], x, h0)):
+        shapes = [str(tuple(y.shape)) for y in (a, b, h) if y is not None]
+        one_line(ValueError, lambda: kernels.scan(a, b, h), *shapes)  # noqa: B023
+    for q, c in ((x, x[:1]), (x, x[..., :2]), (x, h0), (h0, x)):
+        shapes = [str(tuple(y.shape)) for y in (q, c)]
+        one_line(ValueError, lambda: kernels.search(q, c, 1, 1), *shapes)  # noqa: B023
+    one_line(ValueError, lambda: kernels.search(x, x, 0, 1), "top_k 0")
+    one_line(ValueError, lambda: kernels.search(x, x, 1, 0), "chunk_size 0")
+    one_line(ValueError, lambda: kernels.search(x, x, 1, 1, -1), "offset -1")
+    one_line(ValueError, lambda: kernels.scan(x, x.to("meta")), "one device", "meta")
+
+
+def test_what_the_kernels_cannot_do_is_refused(monkeypatch):
+    x = torch.rand(1, 5, 2, device=DEVICE)
+    wide = torch.rand(1, 5, 129, device=DEVICE)
+    double = x.double()
+    one_line(NotImplementedError, lambda: kernels.scan(double, double), "float64")
+    one_line(NotImplementedError, lambda: kernels.search(double, double, 1, 1), "float64")
+    one_line(NotImplementedError, lambda: kernels.search(x, x, 65, 1), "top_k up to 64", "65")
+    one_line(NotImplementedError, lambda: kernels.search(wide, wide, 1, 1), "S up to 128", "129")
+    many = torch.rand(1, 1, 1, device=DEVICE).expand(65536, 1, 1)
+    one_line(NotImplementedError, lambda: kernels.scan(many, many), "65536 rows")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    x = x.cpu()
+    one_line(NotImplementedError, lambda: kernels.scan(x, x), "need a GPU", "cpu")
+    one_line(NotImplementedError, lambda: kernels.search(x, x, 1, 1), "need a GPU", "cpu")
+    assert not kernels.can_scan(x) and not kernels.can_search(x, 1)
+
+
+def test_without_triton_the_kernels_cannot_be_imported_and_the_model_runs(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kernels")
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    with pytest.raises(ImportError, match="triton"):
+        importlib.import_module("kernels")
+    Resona(ResonaConfig(5)).generate(torch.zeros(1, 9, dtype=torch.long), 2)
+
+
+# ----------------------------------------------------------------------------------------------
+# The self-check
+
+def changed_kernels(tmp_path, changes, programs):
+    """kernels.py with some lines changed, as a module of its own with operators of its own."""
+    source = Path(kernels.__file__).read_text(encoding="utf-8")
+    for line, replacement in changes:
+        assert line in source, line
+        source = source.replace(line, replacement)
+    path = tmp_path / "changed_kernels.py"
+    path.write_text(source.replace('"resona_triton::', '"changed::'), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("changed_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not GPU:
+        vars(module).update(SMALL_TILES)
+        vars(module).update(MIN_PROGRAMS=programs)
+    return module
+
+
+BROKEN = {
+    "h0 is not h before step 0": [("tl.where(i == t, h0, h_before[i])", "h_before[i]")],
+    "the last step is missing": [("tl.where(mask, end - t, 0)", "tl.where(mask, end - t - 1, 0)")],
+    "dh0 from the wrong block": [("if end == L:", "if m == 0:")],
+    "blocks do not know of earlier ones": [("ends = scan_forward(product, state, start)",
+                                            "ends = state")],
+    "blocks start one early": [("[start.unsqueeze(1), ends]", "[ends, start.unsqueeze(1)]")],
+    "carry without a": [("carry = a[i] * db", "carry = db")],
+    "backward blocks without a": [("state = a[i] * (dh[i] + state)", "state = dh[i] + state")],
+    "a chunk too many is visible": [("< n_visible[:, None]", "<= n_visible[:, None]")],
+    "the last chunk is missing": [("(m < M)[:, None]", "(m < M - 1)[:, None]")],
+    "a tile forgets the one before": [("best = insert(best,", "best = insert(best * 0 + LOWEST,")],
+    "the last part is not merged": [("(offs_w < width)", "(offs_w < width - 8)")],
+    "keys of a view as if without gaps": [("batch * stride_c", "batch * M * S")],
+    "a later chunk wins a tie": [("m[None, :] ^ LOW_31", "m[None, :]"),
+                                 ("(winner & LOW_31) ^ LOW_31", "winner & LOW_31")],
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_the_self_check_refuses_a_broken_kernel(fault, tmp_path):
+    programs = 80 if "view" in fault else 40  # two rows of the batch, or one
+    module = changed_kernels(tmp_path, BROKEN[fault], programs)
+    number = list(BROKEN).index(fault)
+    check = module.check_scan if number < 7 else module.check_search
+    with pytest.warns(UserWarning, match="Triton is not used"):
+        assert not module.works(check, torch.device(DEVICE), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * GPU, ids=str)
+@pytest.mark.parametrize("check", ["check_scan", "check_search"])
+def test_the_self_check_accepts_16_bits(check, dtype, recwarn):
+    works = kernels.works_once.__wrapped__(getattr(kernels, check), torch.device(DEVICE), dtype)
+    assert works, [str(warning.message) for warning in recwarn]
+
+
+def test_the_self_check_is_asked_once_and_not_traced(recwarn):
     asked = []
 
-    def kernel(*call):
-        asked.append(0)
-        return resona.scan_parallel(*call)
+    def check_nothing(device, dtype):
+        asked.append(device)
+
+    def check_fails(device, dtype):
+        raise RuntimeError("no C compiler\nis installed")
 
     def use(x):
-        return x + kernels.trusted(kernel, resona.scan_parallel, x.dtype, x.device)
+        if kernels.works(check_fails, x.device, x.dtype):
+            return x
+        return x + kernels.works(check_nothing, x.device, x.dtype)
 
-    assert_close(torch.compile(use, fullgraph=True, backend="eager")(torch.zeros(2)), torch.ones(2))
+    compiled = torch.compile(use, fullgraph=True, backend="eager")
+    for function in (compiled, use):
+        assert torch.equal(function(torch.zeros(2)), torch.ones(2))
     assert len(asked) == 1
+    said = [str(warning.message) for warning in recwarn if "Triton" in str(warning.message)]
+    assert said == ["Triton is not used, check_fails failed: no C compiler is installed"]
 
 
-@needs_triton
-@pytest.mark.parametrize("name", ["scan", "search", "attend"])
-def test_the_kernels_are_trusted(name, small_tiles, recwarn):
-    kernel, twin = getattr(kernels, name), getattr(resona, name + "_parallel")
-    for dtype in (torch.float32, torch.float16) + (torch.bfloat16,) * GPU:
-        assert kernels._agree.__wrapped__(kernel, twin, dtype, torch.device(DEVICE)), [str(x.message) for x in recwarn]
+# ----------------------------------------------------------------------------------------------
+# Compiled for GPUs that are not there
+
+def test_kernels_compile_for_gpus_as_they_are_launched():
+    done = python("-m", "evidence.compile_gate")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    for arch in ("80", "86", "90", "100", "120", "gfx942"):
+        assert f" {arch} " in done.stdout
 
 
-def test_benchmark_says_what_it_needs():
-    if not GPU:
-        done = python("-m", "evidence.benchmark_kernels")
-        assert done.returncode == 2 and "needs Triton and a CUDA GPU" in done.stderr
-        assert done.stderr.count("\n") == 1 and not done.stdout
+# ----------------------------------------------------------------------------------------------
+# The benchmark, with a clock that counts calls
+
+def test_benchmark_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmark_kernels"])
+    assert benchmark_kernels.main() == 2
+    said = capsys.readouterr()
+    assert said.err == "benchmark_kernels: needs a CUDA GPU\n" and not said.out
 
 
-@needs_triton
-def test_benchmark_measures_what_it_prints(small_tiles, monkeypatch, capsys):
+def test_benchmark_measures_what_it_prints(monkeypatch, capsys):
     monkeypatch.setattr(benchmark_kernels, "DEVICE", DEVICE)
-    times = []
+    calls = []
 
-    def ms(function):
-        times.append(function())
-        return float(len(times))
+    def clock(function):
+        function()
+        calls.append(function)
+        return float(len(calls))
 
-    rows = benchmark_kernels.time_scan(ms, 1.0, 1, 4, 2, torch.float32, {"fails": lambda a, b: 1 / 0})
-    assert [(row["ms"], row["parallel"]) for row in rows] == [(1, 3), (2, 2)] and "fails at" in capsys.readouterr().out
-    assert len(times) == 4 and rows[0]["max error"] < 1e-6 and rows[1]["GB/s"] == 5 * 8 * 4 / 2 / 1e6
-    read, token = (benchmark_kernels.time_search(ms, 2, L, 4, 2, 1, torch.float32, {}, S=8) for L in (8, 1))
-    assert read["TFLOP/s"] == 2 * 2 * (0 + 0 + 1 + 1 + 2 + 2 + 3 + 3) * 8 / 5 / 1e9 and read["max error"] < 1e-5
-    assert token["TFLOP/s"] == 2 * 2 * 4 * 8 / 7 / 1e9 and token["parallel"] == 8 / 7
-    rows = benchmark_kernels.attempt(benchmark_kernels.time_attend, ms, 1, 4, 2, 2, 1, 2, 2, torch.float32)
-    assert [(row["ms"], row["parallel"]) for row in rows] == [(9, 11 / 9), (10, 1.2)]
-    assert benchmark_kernels.attempt(benchmark_kernels.time_scan, ms, 1.0, 1, 0, 2, torch.float32, {}) == []
-    assert "time_scan at [1.0, 1, 0, 2, torch.float32]: left out" in capsys.readouterr().out
+    float32 = torch.float32
+    peers = {"fails": lambda a, b: 1 / 0}
+    forward, backward = benchmark_kernels.time_scan(clock, 1.0, 1, 4, 2, float32, peers)
+    assert "fails at" in capsys.readouterr().out
+    assert (forward["ms"], backward["ms"]) == (1, 2)
+    assert (forward["torch"], backward["torch"]) == (3 / 1, 4 / 2)
+    assert forward["max error"] < 1e-6
+    assert backward["GB/s"] == 5 * 8 * 4 / 2 / 1e6  # five arrays of 8 floats in 2 ms
 
+    read = benchmark_kernels.time_search(clock, 2, 8, 4, 2, 1, float32, {}, S=8)
+    visible = 0 + 0 + 1 + 1 + 2 + 2 + 3 + 3
+    assert read["TFLOP/s"] == 2 * 2 * visible * 8 / 5 / 1e9 and read["max error"] < 1e-5
+    token = benchmark_kernels.time_search(clock, 2, 1, 4, 2, 1, float32, {}, S=8)
+    assert token["TFLOP/s"] == 2 * 2 * 4 * 8 / 7 / 1e9 and token["torch"] == 8 / 7
+
+    rows = benchmark_kernels.attempt(benchmark_kernels.time_scan, clock, 1.0, 1, -1, 2, float32, {})
+    assert rows == [] and "left out" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------
+# What a token costs
 
 @torch.no_grad()
 def test_a_token_costs_the_same_after_a_long_prompt():
     model = Resona(ResonaConfig(30))
-    states = {n: model(random_tokens(1, n, 30))[1] for n in (256, 4096)}
     token = torch.zeros(1, 1, dtype=torch.int64)
+    states = {}
+    for length in (256, 4096):
+        _, states[length] = model(torch.randint(0, 30, (1, length)))
 
-    def seconds(state):  # 16 tokens: four chunks are finished on the way
+    def seconds(state):
         start = time.perf_counter()
-        for _ in range(16):
+        for _ in range(16):  # four chunks are finished on the way
             _, state = model(token, state)
         return time.perf_counter() - start
 
-    pairs = [(seconds(states[256]), seconds(states[4096])) for _ in range(30)]
-    short, long = (min(times) / 16 * 1e3 for times in zip(*pairs))  # what else the machine does only adds time
-    print(f"\nms per token after 256 tokens {short:.2f}, after 4,096 {long:.2f}, ratio {long / short:.2f}")
+    times = {length: [] for length in states}
+    for _ in range(30):
+        for length, state in states.items():
+            times[length].append(seconds(state))
+    short, long = (1e3 * min(times[length]) / 16 for length in (256, 4096))  # noise only adds
+    print(f"\nms per token after 256 tokens {short:.2f}, after 4,096 {long:.2f}")
     assert long < 1.5 * short
