@@ -41,6 +41,7 @@ from train_toy import IGNORE, Rng, Rows, copy_string, packed, shift
 
 RESULTS = Path(__file__).parent / "results" / "pretrained.json"
 ROW = 256  # bytes
+LENGTHS = (32, 128)  # letters of the strings that generate copies
 # of train_toy's strings
 ALPHABET = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz$|.", np.uint8).astype(np.int64)
 
@@ -187,7 +188,7 @@ def measure(model: MambaForCausalLM, held_out: np.ndarray, strings: int = 32) ->
     rng = np.random.default_rng(1)
     losses = [loss_of(model, text_rows(rng, held_out, 8)).item() for _ in range(8)]
     report = {"bits": sum(losses) / len(losses) / math.log(2)}
-    for length in (32, 128):
+    for length in LENGTHS:
         drawn = np.stack([copy_string(rng, length)[0] for _ in range(strings)])
         rows = torch.as_tensor(ALPHABET[drawn])
         prompt, answer = rows.split([length + 2, length + 1], dim=1)  # $cat| and cat.

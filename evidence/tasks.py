@@ -74,8 +74,13 @@ def stacked(rows: list[Rows]) -> Rows:
 class Ngram:
     """Find three letters in a string of 8 to 32 and say what followed them."""
 
-    vocab_size, unit, lengths = 30, "letters", [32, 128, 512]
-    lr, steps, config, test_top_k = rates(1e-2, 3e-3, 3e-3), 1500, {}, 16
+    vocab_size = 30
+    unit = "letters"
+    lengths = [32, 128, 512]
+    lr = rates(1e-2, 3e-3, 3e-3)
+    steps = 1500
+    config: dict[str, Any] = {}
+    test_top_k = 16
 
     def batch(self, rng: Rng) -> Rows:
         return packed(rng, ngram_string, 8, 32)
@@ -126,8 +131,13 @@ def mqar_rows(
 class Mqar:
     """4 to 32 pairs of a key and a value, from 63 keys and 64 values; tested on all 63 keys too."""
 
-    vocab_size, unit, lengths = 128, "pairs", [16, 4, 8, 32, 63]
-    lr, steps, config, test_top_k = rates(3e-3, 3e-3, 3e-3), 800, {"chunk_size": 2}, 16
+    vocab_size = 128
+    unit = "pairs"
+    lengths = [16, 4, 8, 32, 63]
+    lr = rates(3e-3, 3e-3, 3e-3)
+    steps = 800
+    config = {"chunk_size": 2}
+    test_top_k = 16
 
     def batch(self, rng: Rng) -> Rows:
         trained = [(64, 4), (64, 8), (128, 16), (128, 32)]
@@ -184,9 +194,17 @@ class Recall:
     was read.
     """
 
-    vocab_size, unit, lengths = 16, "tokens", [128, 512]
-    lr, steps, config, test_top_k = rates(1e-2, 3e-3, 1e-2), 600, {"chunk_size": 2}, None
-    keys, sizes, noise, longer = 8, (1,), 0.0, 0
+    vocab_size = 16
+    unit = "tokens"
+    lengths = [128, 512]
+    lr = rates(1e-2, 3e-3, 1e-2)
+    steps = 600
+    config = {"chunk_size": 2}
+    test_top_k = None
+    keys = 8
+    sizes = (1,)
+    noise = 0.0
+    longer = 0
 
     def batch(self, rng: Rng) -> Rows:
         length = 128 + self.longer
@@ -206,7 +224,8 @@ class Recall:
 class Noisy(Recall):
     """Recall with noise between the pairs."""
 
-    vocab_size, noise = 32, 0.2
+    vocab_size = 32
+    noise = 0.2
 
 
 class Fuzzy(Recall):
@@ -215,8 +234,11 @@ class Fuzzy(Recall):
     as in the reference.
     """
 
-    lr, steps = rates(3e-3, 3e-3, 1e-2), 800
-    keys, sizes, longer = 7, (1, 2, 3), 1
+    lr = rates(3e-3, 3e-3, 1e-2)
+    steps = 800
+    keys = 7
+    sizes = (1, 2, 3)
+    longer = 1
 
 
 def selective_rows(rng: Rng, rows: int, length: int) -> Rows:
@@ -241,8 +263,13 @@ class Selective:
     Rows of 41 to 256 tokens in training, as many as make 4096 tokens: short ones are learned first.
     """
 
-    vocab_size, unit, lengths = 16, "tokens", [256, 512]
-    lr, steps, config, test_top_k = rates(1e-2, 1e-2, 1e-2), 800, {}, None
+    vocab_size = 16
+    unit = "tokens"
+    lengths = [256, 512]
+    lr = rates(1e-2, 1e-2, 1e-2)
+    steps = 800
+    config: dict[str, Any] = {}
+    test_top_k = None
 
     def batch(self, rng: Rng) -> Rows:
         length = 33 + round(2 ** rng.uniform(3, math.log2(256 - 33)))
@@ -273,8 +300,13 @@ def memorize_rows(rng: Rng, rows: int, length: int) -> Rows:
 class Memorize:
     """What is to be learned stands in the weights alone: a check that retrieval does not harm."""
 
-    vocab_size, unit, lengths = 256, "tokens", [32]
-    lr, steps, config, test_top_k = rates(1e-2, 1e-2, 1e-2), 400, {}, None
+    vocab_size = 256
+    unit = "tokens"
+    lengths = [32]
+    lr = rates(1e-2, 1e-2, 1e-2)
+    steps = 400
+    config: dict[str, Any] = {}
+    test_top_k = None
 
     def batch(self, rng: Rng) -> Rows:
         return memorize_rows(rng, BATCH, 32)
@@ -301,8 +333,13 @@ class Compress:
     and where to write.
     """
 
-    vocab_size, unit, lengths = 16, "tokens", [32]
-    lr, steps, config, test_top_k = rates(3e-3, 3e-3, 3e-3), 4000, {}, None
+    vocab_size = 16
+    unit = "tokens"
+    lengths = [32]
+    lr = rates(3e-3, 3e-3, 3e-3)
+    steps = 4000
+    config: dict[str, Any] = {}
+    test_top_k = None
 
     def batch(self, rng: Rng) -> Rows:
         return compress_rows(rng, BATCH, 32)
@@ -377,8 +414,12 @@ class Needle:
     enough.
     """
 
-    vocab_size, unit, lengths = 64, "tokens", [512, 1024, 4096, 16384]
-    lr, steps, test_top_k = rates(1e-2, 3e-3, 3e-3), 700, None
+    vocab_size = 64
+    unit = "tokens"
+    lengths = [512, 1024, 4096, 16384]
+    lr = rates(1e-2, 3e-3, 3e-3)
+    steps = 700
+    test_top_k = None
     config = {
         "chunk_size": 2,
         "d_conv": 2,
@@ -428,8 +469,13 @@ class Phonebook:
     name.
     """
 
-    vocab_size, unit, lengths = 128, "entries", [16, 64, 256]
-    lr, steps, config, test_top_k = rates(1e-2, 3e-3, 3e-3), 500, {"d_conv": 8}, 16
+    vocab_size = 128
+    unit = "entries"
+    lengths = [16, 64, 256]
+    lr = rates(1e-2, 3e-3, 3e-3)
+    steps = 500
+    config = {"d_conv": 8}
+    test_top_k = 16
 
     def batch(self, rng: Rng) -> Rows:
         sizes = rng.integers(4, 21, BATCH // 2)
@@ -510,8 +556,12 @@ class Text:
     128 held-out bytes in rows of each length.
     """
 
-    vocab_size, unit, lengths = 256, "bytes", [TEXT_ROW, 2048, 8192]
-    lr, steps, test_top_k = {**rates(3e-2, 6.7e-3, 1e-2), "retrieval": 1e-2}, 700, 32
+    vocab_size = 256
+    unit = "bytes"
+    lengths = [TEXT_ROW, 2048, 8192]
+    lr = {**rates(3e-2, 6.7e-3, 1e-2), "retrieval": 1e-2}
+    steps = 700
+    test_top_k = 32
     config = {"chunk_size": 2, "d_conv": 8, "top_k": 16, "retrieval": [0]}
 
     def __init__(self, data: Path | None = None):
