@@ -517,7 +517,7 @@ def all_reduce_gradients(model: nn.Module) -> None:
 # Files
 
 
-def write(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
+def write(path: Path, save: Callable[[Any], Any]) -> None:
     """Let `save` write to a buffer and the buffer to `path`, which is whole whenever we are killed.
 
     A new file beside it is flushed to the disk, then renamed. The buffer is there because on a full
@@ -736,8 +736,8 @@ def retrieval_lines(model: Resona, text: Tensor, n: int) -> list[str]:
     as a capital. With chunks of 2, and "cat." written after "$cat|":
 
     resona         cat.
-    retrieved      $At|
-                   CaT.
+      retrieved    $Aa|    the c is the second token of the chunk $c, the a the first one of at
+                   CtTc
     """
     written = text[0, -n:]
     layer, chunks = most_telling(model, text, n)
@@ -785,7 +785,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(tasks: Any = TASKS, models: Any = MODELS) -> argparse.ArgumentParser:
-    parser = Parser("train_toy.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    description = (__doc__ or "").split("\n")[0]
+    parser = Parser("train_toy.py", description=description, allow_abbrev=False)
     add = parser.add_argument
     backbones = sorted(set(BACKBONES) - set(models))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -809,14 +810,14 @@ def make_parser(tasks: Any = TASKS, models: Any = MODELS) -> argparse.ArgumentPa
     return parser
 
 
-def prepare(args: argparse.Namespace, task: Any) -> None:
+def prepare(args: argparse.Namespace, task: Task) -> None:
     """Put the flags into the task; refuse bad ones before any work is done."""
     if args.lengths:
         task.lengths = args.lengths
     if args.steps is not None:
         task.steps = args.steps
     if args.lr is not None:
-        task.lr = dict.fromkeys(task.lr, args.lr)
+        task.lr = {name: args.lr for name in task.lr}
     check_range("steps", task.steps, 1)
     check_range("lr", min(task.lr.values()), 1e-9)
     check_range("seed", args.seed, 0)
@@ -883,7 +884,6 @@ def main(argv: list[str]) -> None:
         line = " ".join(str(error).split()) or "out of memory"
         parser.exit(2, f"{parser.prog}: error: {line}\n")
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C: we are stopping already
         parser.exit(130, continue_with(argv, args.resume))
     if WORLD > 1:
         distributed.destroy_process_group()
@@ -900,7 +900,14 @@ def continue_with(argv: list[str], resumed: bool) -> str | None:
     return f"stopped; to continue from the last save: {command} train_toy.py {shlex.join(flags)}\n"
 
 
+def stop(number: int, frame: Any) -> None:
+    """What Ctrl-C does: the first one stops the program, further ones do not disturb it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of --out
     main(sys.argv[1:])
