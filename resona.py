@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from torch.utils._pytree import tree_map_only
 
 # Which version of scan, search and attend runs:
 #   "auto"    Triton on a GPU where it works, PyTorch elsewhere
-#   "naive"   the loops: slow, obviously right, and differentiable twice
+#   "naive"   the loops: slow and obviously right
 #   "torch"   the parallel versions in PyTorch
 #   "triton"  kernels.py, or an error
 BACKEND = "auto"
@@ -143,6 +144,8 @@ class Resona(nn.Module):
         it retrieved (see inspect). Raises ValueError on tokens or a state that do not fit.
         """
         self.check_call(tokens, state)
+        if state is not None and torch.is_grad_enabled() and state.layers[0].conv.is_inference():
+            state = state.map(torch.clone)  # no graph can save what inference mode computed
         try:
             x = self.embedding(tokens)  # (B, L, D)
         except IndexError as error:  # on a CPU; to check the range on a GPU would wait for it
@@ -505,8 +508,9 @@ class Retrieval(nn.Module):
 
         # 2. search, by the cosine of query and key times a learned scale
         search_q = self.logit_scale.exp() * F.normalize(self.search_q_proj(yu), dim=-1)  # (B, L, S)
-        with torch.autocast(z.device.type, enabled=False):  # in 16 bits other chunks would win
-            score, index = self.search_chunks(search_q, memory, top_k, n_read - L)  # (B, L, K)
+        with no_autocast(z):  # in 16 bits other chunks would win
+            n_slots = max(1, min(top_k, memory.c.tensor.shape[1]))  # more would stay empty
+            score, index = self.search_chunks(search_q, memory, n_slots, n_read - L)  # (B, L, K)
 
         # 3. attend to the tokens of these chunks
         q = self.q_proj(yu).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
@@ -520,7 +524,14 @@ class Retrieval(nn.Module):
         found = index[..., :1] >= 0  # (B, L, 1): slots are filled from the first on
         alpha = torch.where(found, alpha, 0)
         if trace is not None:
-            trace.append({"index": index, "score": score.detach(), "alpha": alpha.detach()})
+            empty = (0, top_k - n_slots)
+            trace.append(
+                {
+                    "index": F.pad(index, empty, value=-1),
+                    "score": F.pad(score.detach(), empty, value=-math.inf),
+                    "alpha": alpha.detach(),
+                }
+            )
         return torch.lerp(y, r.to(y.dtype), alpha.to(y.dtype)), memory  # (1-α)·y + α·r
 
     def remember(self, z: Tensor, u: Tensor, memory: Memory | None) -> Memory:
@@ -587,10 +598,10 @@ class ChunkEncoder(nn.Module):
 
     The sum over the tokens j of the chunk learns fast; the MLP adds what depends on their order.
 
-    Keys are made from u alone, not from y: y holds all that was read so far, so the same letters
-    would get another key the later they stand, by another amount in each chunk, and a model would
-    mostly copy what is no longer than the strings of its training. A query may well contain y:
-    whatever drifts in it is the same for all the chunks that it compares.
+    Keys are made from u alone, not from y. y holds all that was read so far, so the same letters
+    would get another key wherever they stand, and on texts longer than those of training keys would
+    drift away from all that the search has learned. A query may contain y: whatever drifts in it is
+    the same for all the chunks that it compares.
     """
 
     def __init__(self, d_model: int, chunk_size: int, d_search: int):
@@ -789,9 +800,14 @@ class ParallelScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check_first_derivative()
         a, h, h0 = ctx.saved_tensors
-        return scan_backward(a, h, h0, dh)
+        if not torch.is_grad_enabled():
+            return scan_backward(a, h, h0, dh)
+        # The same, itself differentiable: for torch.func and second derivatives.
+        a_next = F.pad(a[:, 1:], (0, 0, 0, 1))  # a[t+1], 0 after the last step
+        g = scan_parallel(a_next.flip(1), dh.flip(1)).flip(1)
+        h_before = torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1)  # h[t-1]
+        return g * h_before, g, a[:, 0] * g[:, 0]
 
 
 def shape_of_scan_forward(a, b, h0):
@@ -891,10 +907,12 @@ def search(
     -1 where no chunk is left. Raises ValueError on sizes that do not fit.
 
     A query at position p may see chunk m if the chunk ended before p: (m+1)·U <= p. A chunk that
-    ends with token p itself is hidden, too: its last value is token p, which the layer has at hand
-    anyway, and its keys would be that near to the query that they crowd out what is long ago.
+    ends with token p itself is hidden, too: retrieval is for what is gone, and token p is what the
+    layer reads at this moment. (Copying is as accurate with this chunk visible.)
 
-    Of chunks with equal scores any may be chosen.
+    Of chunks with equal scores any may be chosen. So the state law needs chunks with equal scores
+    to have read the same, which holds unless the search cannot tell chunks apart at all, as with
+    weights of zero.
     """
     check_backend()
     if BACKEND == "naive":
@@ -940,7 +958,7 @@ def search_parallel(
     q, c = at_least_float32(q), at_least_float32(c)
     M = c.shape[1]
     n_slots = min(top_k, max(M, 1))
-    score, index = best_chunks(q, c, n_slots, chunk_size, offset)
+    score, index = best_chunks(q.detach(), c.detach(), n_slots, chunk_size, offset)
     if torch.is_grad_enabled() and M > 0:
         score = gather_scores(q, c, index)
     if n_slots < top_k:  # fewer chunks than are asked for
@@ -1119,14 +1137,15 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     The same without the copies: on a CPU two to five times as fast in training.
 
     Tensors have the axes t (query), h (head), e (channel of a head), and j, the K·U tokens that a
-    query retrieved. Only three sums over them are needed, forward and backward:
+    query retrieved. Multiply three numbers w[t,h,j], q[t,h,e] and k[j,h,e] by two, and sum over the
+    axis that the third does not have:
 
-        dot_retrieved      p[t,h,j]  = Σ_e q[t,h,e]·k[j,h,e]
-        sum_retrieved      r[t,h,e]  = Σ_j w[t,h,j]·v[j,h,e]      over the tokens that t retrieved
-        sum_retrievers     dv[j,h,e] = Σ_t w[t,h,j]·dr[t,h,e]     over the queries that retrieved j
+        dot_retrieved     w[t,h,j] = Σ_e q[t,h,e]·k[j,h,e]
+        sum_retrieved     q[t,h,e] = Σ_j w[t,h,j]·k[j,h,e]     over the tokens that t retrieved
+        sum_retrievers    k[j,h,e] = Σ_t w[t,h,j]·q[t,h,e]     over the queries that retrieved j
 
-    as each is the derivative of another: the first two with respect to q and w are the second and
-    the first, and with respect to k and v both are the third.
+    The logits are the first, of queries and keys, and r is the second, of weights and values. The
+    derivatives of each of the three are the two others.
     """
     B, L, H, E = q.shape
     M, U = k.shape[1:3]
@@ -1175,9 +1194,10 @@ class DotRetrieved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dp: Tensor) -> tuple[Tensor, Tensor, None]:
-        check_first_derivative()
         q, k, chunk = ctx.saved_tensors
-        return sum_retrieved(dp, k, chunk), sum_retrievers(dp, q, chunk, k.shape[0]), None
+        dq = SumRetrieved.apply(dp, k, chunk)
+        dk = SumRetrievers.apply(dp, q, chunk, k.shape[0])
+        return dq, dk, None
 
 
 class SumRetrieved(torch.autograd.Function):
@@ -1193,9 +1213,29 @@ class SumRetrieved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dr: Tensor) -> tuple[Tensor, Tensor, None]:
-        check_first_derivative()
         w, v, chunk = ctx.saved_tensors
-        return dot_retrieved(dr, v, chunk), sum_retrievers(w, dr, chunk, v.shape[0]), None
+        dw = DotRetrieved.apply(dr, v, chunk)
+        dv = SumRetrievers.apply(w, dr, chunk, v.shape[0])
+        return dw, dv, None
+
+
+class SumRetrievers(torch.autograd.Function):
+    """sum_retrievers, with its derivatives."""
+
+    @staticmethod
+    def forward(w: Tensor, q: Tensor, chunk: Tensor, n_chunks: int) -> Tensor:
+        return sum_retrievers(w, q, chunk, n_chunks)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        w, q, chunk = ctx.saved_tensors
+        dw = DotRetrieved.apply(q, dk, chunk)
+        dq = SumRetrieved.apply(w, dk, chunk)
+        return dw, dq, None, None
 
 
 def shape_of_dot_retrieved(q, k, chunk):
@@ -1515,6 +1555,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Switch torch.autocast off for the device of x. The meta device, for one, has none."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
 def use_triton(can_run: str, x: Tensor, *sizes: int) -> bool:
     """With BACKEND "auto": is x on a GPU, and can kernels.py do this there?"""
     if BACKEND != "auto" or not x.is_cuda:
@@ -1531,14 +1578,6 @@ def use_triton(can_run: str, x: Tensor, *sizes: int) -> bool:
 def check_backend() -> None:
     if BACKEND not in ("auto", "naive", "torch", "triton"):
         raise ValueError(f"BACKEND must be auto, naive, torch or triton, got {BACKEND!r}")
-
-
-def check_first_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise ValueError(
-            "the parallel versions have no second derivative (create_graph=True); "
-            'resona.BACKEND = "naive" has one'
-        )
 
 
 def check_retrieval(
