@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Callable
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,8 +52,8 @@ MAX_S = 128         # and its keys in shared memory
 # 1. The scan, forward and backward
 #
 # A program is one warp. It owns BLOCK_D neighbouring channels, 4 bytes a lane, and walks along
-# the sequence. A load from memory takes about as long as a thousand operations, so the program
-# asks for all rows of a tile before it uses the first: then a tile waits for memory once.
+# the sequence. A load from memory takes hundreds of cycles, so the program asks for all rows of
+# a tile before it uses the first: then it waits for memory once a tile, not once a step.
 
 @triton.jit
 def load_tile(ptr, n_rows, STEP: tl.constexpr, TILE: tl.constexpr, other=0.0):
@@ -62,9 +64,9 @@ def load_tile(ptr, n_rows, STEP: tl.constexpr, TILE: tl.constexpr, other=0.0):
     return rows
 
 
-@triton.jit(do_not_specialize=["L", "block"])
+@triton.jit(do_not_specialize=["L", "block_size"])
 def scan_forward_kernel(
-    a_ptr, b_ptr, start_ptr, h_ptr, L, block,
+    a_ptr, b_ptr, start_ptr, h_ptr, L, block_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):
     """h[t] = a[t] * h[t-1] + b[t] over one block of steps, usually the whole row.
@@ -73,13 +75,13 @@ def scan_forward_kernel(
     """
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D
-    m = tl.program_id(1)
+    i_block = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)  # offsets below pass 2^31
-    offs_start = (batch * tl.num_programs(1) + m) * D + offs_d
+    offs_start = (batch * tl.num_programs(1) + i_block) * D + offs_d
     h = tl.load(start_ptr + offs_start, mask=mask, other=0.0).to(tl.float32)
 
-    end = tl.minimum((m + 1) * block, L)
-    for t in range(m * block, end, TILE):
+    end = tl.minimum((i_block + 1) * block_size, L)
+    for t in range(i_block * block_size, end, TILE):
         offs = (batch * L + t) * D + offs_d
         n_rows = tl.where(mask, end - t, 0)
         a = load_tile(a_ptr + offs, n_rows, D, TILE)
@@ -89,9 +91,9 @@ def scan_forward_kernel(
             tl.store(h_ptr + offs + i * D, h, mask=i < n_rows)
 
 
-@triton.jit(do_not_specialize=["L", "block"])
+@triton.jit(do_not_specialize=["L", "block_size"])
 def scan_backward_kernel(
-    a_ptr, h_ptr, h0_ptr, dh_ptr, start_ptr, da_ptr, db_ptr, dh0_ptr, L, block,
+    a_ptr, h_ptr, h0_ptr, dh_ptr, start_ptr, da_ptr, db_ptr, dh0_ptr, L, block_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):
     """The gradients of the scan, from the last step to the first:
@@ -103,14 +105,14 @@ def scan_backward_kernel(
     """
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D
-    m = tl.program_id(1)
+    i_block = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     h0 = tl.load(h0_ptr + batch * D + offs_d, mask=mask, other=0.0).to(tl.float32)
-    offs_start = (batch * tl.num_programs(1) + m) * D + offs_d
+    offs_start = (batch * tl.num_programs(1) + i_block) * D + offs_d
     carry = tl.load(start_ptr + offs_start, mask=mask, other=0.0)
 
-    end = tl.minimum((m + 1) * block, L)
-    for start in range(m * block, end, TILE):
+    end = tl.minimum((i_block + 1) * block_size, L)
+    for start in range(i_block * block_size, end, TILE):
         t = L - 1 - start
         offs = (batch * L + t) * D + offs_d
         n_rows = tl.where(mask, end - start, 0)
@@ -139,56 +141,56 @@ def scan_backward_kernel(
 #     2. forward kernel    over these, a row of a few hundred steps: the starts
 #     3. forward kernel    over the blocks, or the backward kernel
 
-@triton.jit(do_not_specialize=["L", "block"])
+@triton.jit(do_not_specialize=["L", "block_size"])
 def forward_summary_kernel(
-    a_ptr, b_ptr, product_ptr, state_ptr, L, block,
+    a_ptr, b_ptr, product_ptr, state_ptr, L, block_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):
     """product, state: (B, blocks - 1, D) float32, of the scan from the first step to the last."""
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D
-    m = tl.program_id(1)
+    i_block = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     n_rows = tl.where(mask, TILE, 0)  # these blocks consist of whole tiles
 
     product = tl.full([BLOCK_D], 1.0, tl.float32)
     state = tl.zeros([BLOCK_D], tl.float32)
-    for t in range(m * block, (m + 1) * block, TILE):
+    for t in range(i_block * block_size, (i_block + 1) * block_size, TILE):
         offs = (batch * L + t) * D + offs_d
         a = load_tile(a_ptr + offs, n_rows, D, TILE)
         b = load_tile(b_ptr + offs, n_rows, D, TILE)
         for i in tl.static_range(TILE):
             state = a[i] * state + b[i]
             product = a[i] * product
-    offs_m = (batch * tl.num_programs(1) + m) * D + offs_d
-    tl.store(product_ptr + offs_m, product, mask=mask)
-    tl.store(state_ptr + offs_m, state, mask=mask)
+    offs_block = (batch * tl.num_programs(1) + i_block) * D + offs_d
+    tl.store(product_ptr + offs_block, product, mask=mask)
+    tl.store(state_ptr + offs_block, state, mask=mask)
 
 
-@triton.jit(do_not_specialize=["L", "block"])
+@triton.jit(do_not_specialize=["L", "block_size"])
 def backward_summary_kernel(
-    a_ptr, dh_ptr, product_ptr, state_ptr, L, block,
+    a_ptr, dh_ptr, product_ptr, state_ptr, L, block_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):
     """The same for carry[t] = a[t] * (dh[t] + carry[t+1]), from the last step to the first."""
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D
-    m = tl.program_id(1)
+    i_block = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     n_rows = tl.where(mask, TILE, 0)
 
     product = tl.full([BLOCK_D], 1.0, tl.float32)
     state = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(m * block, (m + 1) * block, TILE):
+    for start in range(i_block * block_size, (i_block + 1) * block_size, TILE):
         offs = (batch * L + L - 1 - start) * D + offs_d
         a = load_tile(a_ptr + offs, n_rows, -D, TILE)
         dh = load_tile(dh_ptr + offs, n_rows, -D, TILE)
         for i in tl.static_range(TILE):
             state = a[i] * (dh[i] + state)
             product = a[i] * product
-    offs_m = (batch * tl.num_programs(1) + m) * D + offs_d
-    tl.store(product_ptr + offs_m, product, mask=mask)
-    tl.store(state_ptr + offs_m, state, mask=mask)
+    offs_block = (batch * tl.num_programs(1) + i_block) * D + offs_d
+    tl.store(product_ptr + offs_block, product, mask=mask)
+    tl.store(state_ptr + offs_block, state, mask=mask)
 
 
 def cut_into_blocks(B: int, L: int, D: int, BLOCK_D: int) -> tuple[int, int]:
@@ -197,11 +199,11 @@ def cut_into_blocks(B: int, L: int, D: int, BLOCK_D: int) -> tuple[int, int]:
     blocks = 1
     if columns < MIN_PROGRAMS:
         blocks = min(triton.cdiv(L, MIN_BLOCK), triton.cdiv(2 * MIN_PROGRAMS, columns))
-    block = triton.cdiv(L, blocks * TILE_T) * TILE_T
-    return triton.cdiv(L, block), block
+    block_size = triton.cdiv(L, blocks * TILE_T) * TILE_T
+    return triton.cdiv(L, block_size), block_size
 
 
-def block_starts(kernel: Any, a: Tensor, b: Tensor, start: Tensor, blocks: int, block: int):
+def block_starts(kernel: Any, a: Tensor, b: Tensor, start: Tensor, blocks: int, block_size: int):
     """The start of each block (B, blocks, D), given that of the first (B, D)."""
     B, L, D = b.shape
     if blocks == 1:
@@ -210,7 +212,7 @@ def block_starts(kernel: Any, a: Tensor, b: Tensor, start: Tensor, blocks: int, 
     grid = (triton.cdiv(D, BLOCK_D), blocks - 1, B)
     product = torch.empty(B, blocks - 1, D, dtype=torch.float32, device=b.device)
     state = torch.empty_like(product)
-    kernel[grid](a, b, product, state, L, block, D, BLOCK_D, TILE_T, num_warps=1)
+    kernel[grid](a, b, product, state, L, block_size, D, BLOCK_D, TILE_T, num_warps=1)
     ends = scan_forward(product, state, start)
     return torch.cat([start.unsqueeze(1), ends], dim=1)
 
@@ -222,11 +224,11 @@ def scan_forward(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
         return h
     B, L, D = b.shape
     BLOCK_D = 128 // b.element_size()
-    blocks, block = cut_into_blocks(B, L, D, BLOCK_D)
+    blocks, block_size = cut_into_blocks(B, L, D, BLOCK_D)
     grid = (triton.cdiv(D, BLOCK_D), blocks, B)
     with torch.cuda.device_of(b):  # Triton launches on the current device
-        start = block_starts(forward_summary_kernel, a, b, h0, blocks, block)
-        scan_forward_kernel[grid](a, b, start, h, L, block, D, BLOCK_D, TILE_T, num_warps=1)
+        start = block_starts(forward_summary_kernel, a, b, h0, blocks, block_size)
+        scan_forward_kernel[grid](a, b, start, h, L, block_size, D, BLOCK_D, TILE_T, num_warps=1)
     return h
 
 
@@ -241,13 +243,13 @@ def scan_backward(
         return da, db, dh0.zero_()
     B, L, D = dh.shape
     BLOCK_D = 128 // dh.element_size()
-    blocks, block = cut_into_blocks(B, L, D, BLOCK_D)
+    blocks, block_size = cut_into_blocks(B, L, D, BLOCK_D)
     grid = (triton.cdiv(D, BLOCK_D), blocks, B)
     with torch.cuda.device_of(dh):
         zero = torch.zeros_like(h0, dtype=torch.float32)  # nothing comes after the last step
-        start = block_starts(backward_summary_kernel, a, dh, zero, blocks, block)
+        start = block_starts(backward_summary_kernel, a, dh, zero, blocks, block_size)
         scan_backward_kernel[grid](
-            a, h, h0, dh, start, da, db, dh0, L, block, D, BLOCK_D, TILE_T, num_warps=1
+            a, h, h0, dh, start, da, db, dh0, L, block_size, D, BLOCK_D, TILE_T, num_warps=1
         )
     return da, db, dh0
 
@@ -430,16 +432,16 @@ def search_backward(q: Tensor, c: Tensor, index: Tensor, dscore: Tensor) -> tupl
     rows = index.clamp(min=0).view(B, L * K, 1).expand(-1, -1, S)              # (B, L * K, S)
     chosen = c.gather(1, rows).view(B, L, K, S)
     dq = (dscore * chosen).sum(2)
-    dc = torch.zeros(c.shape, dtype=torch.float32, device=c.device)
-    dc.scatter_add_(1, rows, (dscore * q.unsqueeze(2)).view(B, L * K, S))
+    dc = torch.zeros_like(c, dtype=torch.float32)
+    dc = dc.scatter_add(1, rows, (dscore * q.unsqueeze(2)).view(B, L * K, S))
     return dq.to(q.dtype), dc.to(c.dtype)
 
 
 # ----------------------------------------------------------------------------------------------
 # 4. Registration with PyTorch
 #
-# torch.compile does not look into a custom operator: register_fake tells it the shapes of the
-# results, register_autograd the gradients.
+# torch.compile does not look into a custom operator; register_fake tells it the shapes of the
+# results. The gradients are autograd functions, which torch.func takes as well.
 
 scan_op = torch.library.custom_op("resona_triton::scan", scan_forward, mutates_args=())
 scan_backward_op = torch.library.custom_op(
@@ -466,31 +468,45 @@ def search_fake(q, c, top_k, chunk_size, offset):
     return score, index
 
 
-def scan_setup(ctx, inputs, output):
-    a, _, h0 = inputs
-    ctx.save_for_backward(a, output, h0)
+class Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(a, b, h0):
+        return scan_op(a, b, h0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, _, h0 = inputs
+        ctx.save_for_backward(a, output, h0)
+
+    @staticmethod
+    def backward(ctx, dh):
+        a, h, h0 = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return scan_backward_op(a, h, h0, dh.contiguous())
+        # The same, itself differentiable: for torch.func and second derivatives.
+        a_next = F.pad(a[:, 1:], (0, 0, 0, 1))  # a[t+1], 0 after the last step
+        db = scan(a_next.flip(1), dh.flip(1)).flip(1)
+        h_before = torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1)
+        return db * h_before, db, a[:, 0] * db[:, 0]
 
 
-def scan_gradient(ctx, dh):
-    a, h, h0 = ctx.saved_tensors
-    return scan_backward_op(a, h, h0, dh.contiguous())
+class Search(torch.autograd.Function):
+    @staticmethod
+    def forward(q, c, top_k, chunk_size, offset):
+        return search_op(q, c, top_k, chunk_size, offset)
 
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, c, *_ = inputs
+        _, index = output
+        ctx.save_for_backward(q, c, index)
+        ctx.mark_non_differentiable(index)
 
-def search_setup(ctx, inputs, output):
-    q, c, *_ = inputs
-    _, index = output
-    ctx.save_for_backward(q, c, index)
-    ctx.mark_non_differentiable(index)
-
-
-def search_gradient(ctx, dscore, _):
-    q, c, index = ctx.saved_tensors
-    dq, dc = search_backward(q, c, index, dscore)
-    return dq, dc, None, None, None
-
-
-scan_op.register_autograd(scan_gradient, setup_context=scan_setup)
-search_op.register_autograd(search_gradient, setup_context=search_setup)
+    @staticmethod
+    def backward(ctx, dscore, _):
+        q, c, index = ctx.saved_tensors
+        dq, dc = search_backward(q, c, index, dscore)
+        return dq, dc, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -501,7 +517,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
     a, b: (B, L, D); h0: (B, D); float32, float16 or bfloat16, which may differ. The state is
     carried in float32. The product of a over a few hundred steps must not overflow float32; it
-    does not where |a| <= 1. Returns h: (B, L, D) in the dtype of b. It has first derivatives only.
+    does not where |a| <= 1. Returns h: (B, L, D) in the dtype of b.
     Raises ValueError for shapes that do not fit together, NotImplementedError for tensors that
     the kernels cannot run on.
     """
@@ -513,7 +529,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     check_supported(*inputs)
     if h0 is None:
         h0 = b.new_zeros(b.shape[::2])
-    return scan_op(a.contiguous(), b.contiguous(), h0.contiguous())
+    return Scan.apply(a.contiguous(), b.contiguous(), h0.contiguous())
 
 
 def search(
@@ -539,7 +555,7 @@ def search(
     if top_k > MAX_TOP_K or q.shape[2] > MAX_S:
         limits = f"top_k up to {MAX_TOP_K} and S up to {MAX_S}"
         raise NotImplementedError(f"search takes {limits}, got {top_k} and {q.shape[2]}")
-    return search_op(q.contiguous(), c, top_k, chunk_size, offset)
+    return Search.apply(q.contiguous(), c, top_k, chunk_size, offset)
 
 
 def supported(x: Tensor) -> bool:
@@ -584,11 +600,14 @@ def works(check: Callable, device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def works_once(check: Callable, device: torch.device, dtype: torch.dtype) -> bool:
-    """Does the check pass? Asked once in a process; if not, it warns and PyTorch is used."""
+    """Does the check pass? Asked once in a process; if not, it warns and PyTorch is used.
+
+    It runs in a thread of its own, which has none of the caller's modes: autocast, no_grad,
+    inference_mode, checkpoint, torch.func and so on.
+    """
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            with torch.autocast(device.type, enabled=False):
-                check(device, dtype)
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(check, device, dtype).result()
     except Exception as error:  # a compiler has many kinds
         reason = " ".join(str(error).split())[:200]
         warnings.warn(f"Triton is not used, {check.__name__} failed: {reason}", stacklevel=2)

@@ -1137,8 +1137,8 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     The same without the copies: on a CPU two to five times as fast in training.
 
     Tensors have the axes t (query), h (head), e (channel of a head), and j, the K·U tokens that a
-    query retrieved. Multiply three numbers w[t,h,j], q[t,h,e] and k[j,h,e] by two, and sum over the
-    axis that the third does not have:
+    query retrieved. All that is needed are products of two of w[t,h,j], q[t,h,e] and k[j,h,e],
+    summed over the axis that the third does not have, which gives a tensor like the third:
 
         dot_retrieved     w[t,h,j] = Σ_e q[t,h,e]·k[j,h,e]
         sum_retrieved     q[t,h,e] = Σ_j w[t,h,j]·k[j,h,e]     over the tokens that t retrieved

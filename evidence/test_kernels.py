@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import resona
 from resona import Resona, ResonaConfig, scan_naive, search_naive
@@ -166,18 +168,32 @@ def test_empty_tensors(shape):
 # Custom operators, torch.compile
 
 def test_kernels_are_sound_custom_operators():
-    a, b, h0 = leaf(1, 9, 3), leaf(1, 9, 3), leaf(1, 3)
+    a, b, h0 = (torch.rand(*shape, device=DEVICE) for shape in ((1, 9, 3), (1, 9, 3), (1, 3)))
     torch.library.opcheck(kernels.scan_op, (a, b, h0))
-    with torch.no_grad():
-        torch.library.opcheck(kernels.scan_backward_op, (a, b, h0, b))
-    torch.library.opcheck(kernels.search_op, (leaf(1, 9, 3), leaf(1, 4, 3), 2, 2, 0))
+    torch.library.opcheck(kernels.scan_backward_op, (a, b, h0, b))
+    torch.library.opcheck(kernels.search_op, (a, b[:, :4], 2, 2, 0))
 
 
-def test_a_second_derivative_is_refused():
-    a, b = leaf(1, 5, 3), leaf(1, 5, 3)
-    first, = torch.autograd.grad(kernels.scan(a, b).square().sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match="scan_backward"):
-        first.sum().backward()
+def functions_of_b() -> dict:
+    a = torch.rand(1, 5, 3, device=DEVICE)
+    return {
+        "scan": lambda b: kernels.scan(a, b.cumsum(1), b[:, 0]).pow(3).sum(),
+        "scan, a": lambda b: kernels.scan(b.sin(), a).pow(3).sum(),
+        "search": lambda b: kernels.search(a, b, 2, 1, offset=2)[0].pow(3).sum(),
+    }
+
+
+@pytest.mark.parametrize("name", functions_of_b())
+def test_second_derivatives_and_torch_func(name):
+    function = functions_of_b()[name]
+    b = torch.rand(1, 5, 3, device=DEVICE, requires_grad=True)
+    first, = torch.autograd.grad(function(b), b, create_graph=True)
+    assert_close(torch.func.grad(function)(b.detach()), first)
+    direction = torch.rand_like(b)
+    second, = torch.autograd.grad((first * direction).sum(), b)
+    ahead, = torch.autograd.grad(function(b + 1e-2 * direction), b)
+    behind, = torch.autograd.grad(function(b - 1e-2 * direction), b)
+    assert_close(second, (ahead - behind) / 2e-2, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("backbone", ["gated", "ssm"])
@@ -329,6 +345,44 @@ def test_the_self_check_is_asked_once_and_not_traced(recwarn):
     assert len(asked) == 1
     said = [str(warning.message) for warning in recwarn if "Triton" in str(warning.message)]
     assert said == ["Triton is not used, check_fails failed: no C compiler is installed"]
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast(DEVICE, dtype=torch.bfloat16),
+    "fake tensors": FakeTensorMode,
+    "default device": lambda: torch.device("meta"),
+}
+TRANSFORMS = {
+    "func.grad": torch.func.grad,
+    "func.vmap": torch.func.vmap,
+    "checkpoint": lambda function: lambda x: checkpoint(function, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("mode", [*MODES, *TRANSFORMS])
+def test_the_self_check_does_not_see_the_modes_of_its_first_caller(mode):
+    found = []
+
+    def check(device, dtype):
+        x = torch.ones(2, 2).requires_grad_()
+        y = x @ x
+        grad, = torch.autograd.grad(y.sum(), x)
+        found.append((y.dtype, grad.sum().item()))
+
+    def use(x):
+        return (x * kernels.works(check, torch.device(DEVICE), torch.float32)).sum()
+
+    if mode in MODES:
+        with MODES[mode]():
+            use(torch.ones(2))
+    else:
+        x = torch.ones(2, 2).requires_grad_()
+        y = TRANSFORMS[mode](use)(x).sum()
+        if mode != "func.grad":
+            y.backward()
+    assert found == [(torch.float32, 16.0)]
 
 
 # ----------------------------------------------------------------------------------------------
