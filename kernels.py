@@ -203,7 +203,9 @@ def cut_into_blocks(B: int, L: int, D: int, BLOCK_D: int) -> tuple[int, int]:
     return triton.cdiv(L, block_size), block_size
 
 
-def block_starts(kernel: Any, a: Tensor, b: Tensor, start: Tensor, blocks: int, block_size: int):
+def block_starts(
+    kernel: Any, a: Tensor, b: Tensor, start: Tensor, blocks: int, block_size: int
+) -> Tensor:
     """The start of each block (B, blocks, D), given that of the first (B, D)."""
     B, L, D = b.shape
     if blocks == 1:
@@ -277,7 +279,7 @@ LOWEST = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every key
 @triton.jit
 def pack(score, low):
     bits = score.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ LOW_31, bits)  # negative numbers, the other way
+    ordered = tl.where(bits < 0, bits ^ LOW_31, bits)  # those of negative floats sort backwards
     return (ordered.to(tl.int64) << 32) | low.to(tl.int64)
 
 
@@ -307,6 +309,17 @@ def insert(best, key):
     return best
 
 
+@triton.jit
+def tile_scores(q, c_ptr, m, offs_s, M, S, n_visible, PRECISION: tl.constexpr):
+    """The scores of chunks m for each query, -inf where it may not see the chunk."""
+    offs_c = m.to(tl.int64)[:, None] * S + offs_s[None, :]
+    mask = (m < M)[:, None] & (offs_s < S)[None, :]
+    c = tl.load(c_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    score = tl.dot(q, tl.trans(c), input_precision=PRECISION)
+    score = tl.where(score == score, score, float("inf"))  # NaN must not vanish
+    return tl.where(m[None, :] < n_visible[:, None], score, float("-inf"))
+
+
 # What grows with the text is not specialized, or decoding would compile the kernel again.
 @triton.jit(do_not_specialize=["L", "M", "offset", "span"])
 def search_kernel(
@@ -322,7 +335,6 @@ def search_kernel(
     part = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     offs_t = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    offs_m = tl.arange(0, BLOCK_M)
     offs_s = tl.arange(0, BLOCK_S)
     slot = tl.arange(0, SLOTS)
     rows = batch * L + offs_t
@@ -337,15 +349,12 @@ def search_kernel(
     empty = tl.full([BLOCK_Q, SLOTS], float("-inf"), tl.float32)
     best = pack(empty, slot.to(tl.int64)[None, :] ^ LOW_32)
     worst_score = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+
+    c_row = c_ptr + batch * stride_c
     end = tl.minimum(tl.max(n_visible), (part + 1) * span)
     for start in range(part * span, end, BLOCK_M):
-        m = start + offs_m
-        offs_c = batch * stride_c + m.to(tl.int64)[:, None] * S + offs_s[None, :]
-        c_mask = (m < M)[:, None] & (offs_s < S)[None, :]
-        c = tl.load(c_ptr + offs_c, mask=c_mask, other=0.0)
-        score = tl.dot(q, tl.trans(c.to(tl.float32)), input_precision=PRECISION)
-        score = tl.where(score == score, score, float("inf"))  # NaN must not vanish
-        score = tl.where(m[None, :] < n_visible[:, None], score, float("-inf"))
+        m = start + tl.arange(0, BLOCK_M)
+        score = tile_scores(q, c_row, m, offs_s, M, S, n_visible, PRECISION)
         if any_of(tl.max(score, axis=1) > worst_score):  # most tiles of a long text have no better
             best = insert(best, pack(score, m[None, :] ^ LOW_31))
             worst_score = unpack_score(tl.min(best, axis=1))
@@ -386,6 +395,17 @@ def dot_precision(q: Tensor, c: Tensor) -> str:
     return "tf32x3"    # in three parts, as exact as float32
 
 
+def cut_into_parts(programs: int, M: int, block_m: int, slots: int) -> tuple[int, int]:
+    """With few queries, as in decoding, the chunks are split among more programs.
+
+    Returns the most parts there can be, whatever M is, and the chunks in each, whole tiles.
+    """
+    max_parts = max(1, min(MIN_PROGRAMS // programs, 2048 // slots))
+    max_parts = triton.next_power_of_2(max_parts)
+    tiles = max(1, triton.cdiv(M, max_parts * block_m))
+    return max_parts, tiles * block_m
+
+
 def search_forward(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
 ) -> tuple[Tensor, Tensor]:
@@ -401,12 +421,8 @@ def search_forward(
     slots = triton.next_power_of_2(top_k)
     block_s = max(16, triton.next_power_of_2(S))
     block_m = min(TILE_M, 2048 // block_s)  # with more, float32 spills before sm_90
-
-    # With few queries, as in decoding, the chunks are split among more programs.
     programs = B * triton.cdiv(L, TILE_Q)
-    max_parts = max(1, min(MIN_PROGRAMS // programs, 2048 // slots))
-    max_parts = triton.next_power_of_2(max_parts)
-    span = max(1, triton.cdiv(M, max_parts * block_m)) * block_m
+    max_parts, span = cut_into_parts(programs, M, block_m, slots)
     parts = max(1, triton.cdiv(M, span))
     best = torch.empty(B, L, parts, slots, dtype=torch.int64, device=q.device)
     block_width = max_parts * slots  # does not grow with the text, as parts does

@@ -302,7 +302,7 @@ BROKEN = {
     "the last chunk is missing": [("(m < M)[:, None]", "(m < M - 1)[:, None]")],
     "a tile forgets the one before": [("best = insert(best,", "best = insert(best * 0 + LOWEST,")],
     "the last part is not merged": [("(offs_w < width)", "(offs_w < width - 8)")],
-    "keys of a view as if without gaps": [("batch * stride_c", "batch * M * S")],
+    "keys of a view as if without gaps": [("c_ptr + batch * stride_c", "c_ptr + batch * M * S")],
     "a later chunk wins a tie": [("m[None, :] ^ LOW_31", "m[None, :]"),
                                  ("(winner & LOW_31) ^ LOW_31", "winner & LOW_31")],
 }
