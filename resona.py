@@ -186,6 +186,7 @@ class Resona(nn.Module):
             raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
+        self.check_call(tokens, state)
 
         out = [tokens]
         stopped = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
@@ -411,12 +412,12 @@ class LayerState:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply function to every tensor in tuples, lists, dicts, memories and rows that grow."""
+    """Apply function to every tensor in tuples, lists, dicts, and the classes that have a map."""
 
-    def apply(x: Tensor | GrowingRows | Memory) -> Any:
+    def apply(x: Tensor | GrowingRows | Memory | Lists) -> Any:
         return function(x) if isinstance(x, Tensor) else x.map(function)
 
-    return tree_map_only((Tensor, GrowingRows, Memory), apply, tree)
+    return tree_map_only((Tensor, GrowingRows, Memory, Lists), apply, tree)
 
 
 # --------------------------------------------------------------------------------------------------
