@@ -6,34 +6,39 @@ cost into a state of fixed size, so it cannot copy a text that is longer than th
 Resona gives a recurrent layer a second, parallel branch. It keeps the text in chunks, searches
 them, and attends to the tokens of the best ones:
 
-    x ──► norm ──► z ──► short conv ──► u ──► recurrence ──► y ───────────────┐
-                   │                    │                    │                ▼
-                   │ values        keys │           queries, │       mix: (1-α)·y + α·r
-                   ▼                    ▼          from y, u ▼                ▲
-                   remember: chunks of U tokens ──► search ──► attend ──► r ──┘
+    x ─► norm ─► z ─► short conv ─► u ─► recurrence ─► y ────────────────────────────┐
+                 │                  │                  │                             ▼
+                 │ values           │ keys             │ queries, from y and u    (1-α)·y + α·r
+                 ▼                  ▼                  ├──────────┐                  ▲
+                 remember: chunks of U tokens          ▼          ▼                  │
+                               └──────────────────► search ──► attend ──► o_proj ──► r
                                                     the best K
 
-Letters, with one meaning throughout (U, K and α are the paper's k, U and α, the others are ours):
+Letters. The paper's k, U and α are our K, U and α; the other letters are ours:
 
     B  batch                     U  tokens per chunk             H  attention heads
     L  length of this call       M  finished chunks so far       E  width of a head, D / H
     D  model width               K  chunks retrieved per token   S  width of the search
-    N  states per channel (SSM)  W  width of the convolution     α  mixing weight, one per token
+    N  states per channel (SSM)  W  width of the convolution     T  queries of all texts, B·L
 
     z  normed layer input        c  search keys, one per chunk   q  queries
-    u  short features of z       k, v  keys and values of tokens    (for the search: of width S)
-    y  output of the recurrence  r  what attention returns
+    u  short features: z mixed   k  token keys                   o  output of the attention
+       with the W-1 before it    v  token values                 r  what retrieval returns
+    y  output of the recurrence                                  α  mixing weight, one per token
 
-Per layer, a recurrence keeps D numbers in all (SSM: D·N), whatever the length. The branch keeps
-2·D + S/U numbers per token read. At position p it costs about p/U·S multiplications for the search
-and 2·K·U·D for the attention, where full attention costs 2·p·D. So reading a whole text is still
-quadratic in its length, with a constant that is smaller by S / (2·D·U): 1/16 with the defaults.
+(In SelectiveSSM the letters A, B, C, D and Δ are Mamba's.)
 
-How to read this file. The model comes first, from the config down to the two recurrences. Whoever
-stops there has seen all of the method. The three operations it is made of follow: scan, search and
-attend. Each has a definition, a loop that is obviously right (naive), and a parallel version that
-the tests hold equal to the loop. Then come approximate search and a tensor that grows. Triton
-versions of scan and search are in kernels.py.
+What it costs, per layer and text. A recurrence keeps D numbers (SSM: D·N), whatever the length. The
+branch keeps 2·D + S/U numbers per token read. At position p it costs about p/U·S multiplications
+for the search and 2·K·U·D for the attention, where full attention costs 2·p·D; projections and MLPs
+do not depend on p. So to read a whole text is still quadratic in its length, at S / (2·D·U) of the
+cost of full attention: 1/16 with the defaults.
+
+How to read this file. The model comes first, from the config down to the two recurrences. You can
+stop there: that is the method. The three operations that it calls follow: scan, search and attend.
+Each has a definition, a loop that is obviously right (naive), and a parallel version, which the
+tests check against the loop. Then come approximate search and a tensor that grows. Triton versions
+of scan and search are in kernels.py.
 """
 
 from __future__ import annotations
@@ -51,10 +56,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 # Which version of scan, search and attend runs:
-#   "auto"    Triton on a GPU where it works, PyTorch elsewhere
+#   "auto"    scan and search in Triton on a GPU where that works, everything else in PyTorch
 #   "naive"   the loops: slow and obviously right
 #   "torch"   the parallel versions in PyTorch
-#   "triton"  kernels.py, or an error
+#   "triton"  scan and search in Triton, or an error; attend in PyTorch
 BACKEND = "auto"
 
 
@@ -71,15 +76,15 @@ class ResonaConfig:
     n_layer: int = 2
     n_head: int = 4  # H
     backbone: str | Callable[[int], nn.Module] = "gated"  # in BACKBONES, or d_model -> module
-    retrieval: bool | Sequence[int] = True  # layers with the branch: all, none, or these
+    retrieval: bool | list[int] | tuple[int, ...] = True  # layers with the branch: all, none, these
     chunk_size: int = 4  # U
     top_k: int = 4  # K; a call may ask for another
     d_search: int = 32  # S
     d_conv: int = 4  # W
     d_ff: int = 128  # hidden width of the MLP
-    search: str = "exact"  # or "ivf", an inverted file (see IVFRetrieval), with
-    nlist: int = 512  # so many lists, of which a query
-    nprobe: int = 40  # probes so many
+    search: str = "exact"  # or "ivf": approximate, see IVFRetrieval
+    nlist: int = 512  # ivf: number of lists
+    nprobe: int = 40  # ivf: lists searched per query
 
     def __post_init__(self) -> None:
         at_least_one("vocab_size", self.vocab_size)
@@ -89,7 +94,8 @@ class ResonaConfig:
         at_least_one("nlist", self.nlist)
         at_least_one("nprobe", self.nprobe)
         check_retrieval(self.d_model, self.n_head, self.chunk_size, self.top_k, self.d_search)
-        if not callable(self.backbone) and self.backbone not in list(BACKBONES):
+        is_name = isinstance(self.backbone, str) and self.backbone in BACKBONES
+        if not is_name and not callable(self.backbone):
             raise ValueError(
                 f"backbone must be one of {', '.join(BACKBONES)}, or a callable d_model -> "
                 f"nn.Module, got {self.backbone!r}"
@@ -115,7 +121,7 @@ class Resona(nn.Module):
         self.config = config
         with_retrieval = config.retrieval
         if isinstance(with_retrieval, bool):
-            with_retrieval = range(config.n_layer) if with_retrieval else ()
+            with_retrieval = list(range(config.n_layer)) if with_retrieval else []
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(
             [Layer(config, retrieval=i in with_retrieval) for i in range(config.n_layer)]
@@ -136,19 +142,21 @@ class Resona(nn.Module):
 
         tokens: (B, L) int64 -> logits: (B, L, vocab_size), or (B, 1, vocab_size) if last_only
 
-        The state law: however a text is cut into calls, the logits are the same, because everything
-        is counted from the start of the text, not of the call. The state has all that is needed to
-        go on (see LayerState). It is never modified, so one state can be continued several times.
+        The state law: however a text is cut into calls, the logits are the same up to rounding. For
+        positions and chunks are counted from the start of the text, not of the call, and no token
+        sees a later one. The state has all that is needed to continue (see LayerState). It is never
+        modified, so one state can be continued several times.
 
-        top_k replaces config.top_k in this call. To trace, each layer with retrieval appends what
-        it retrieved (see inspect). Raises ValueError on tokens or a state that do not fit.
+        top_k replaces config.top_k in this call. If trace is a list, each layer with retrieval
+        appends to it what it retrieved (see inspect). Raises ValueError on tokens or a state that
+        do not fit.
         """
         self.check_call(tokens, state)
         if state is not None and torch.is_grad_enabled() and state.layers[0].conv.is_inference():
-            state = state.map(torch.clone)  # no graph can save what inference mode computed
+            state = state.map(torch.clone)  # autograd cannot save tensors made in inference mode
         try:
             x = self.embedding(tokens)  # (B, L, D)
-        except IndexError as error:  # on a CPU; to check the range on a GPU would wait for it
+        except IndexError as error:  # on a CPU. A GPU stops with an error of its own.
             low, high = int(tokens.min()), int(tokens.max())
             allowed = f"0..{self.config.vocab_size - 1}"
             raise ValueError(f"tokens must lie in {allowed}, got {low}..{high}") from error
@@ -175,12 +183,12 @@ class Resona(nn.Module):
         stop: int | None = None,
     ) -> Tensor:
         """
-        Continue a text. The prompt is read once; a new token does not re-read what came before.
+        Continue a text. The prompt is read once; for a new token nothing is computed again.
 
-        tokens: (B, L) int64, which follow what state has read -> (B, L + max_new_tokens), the
-        tokens and their continuation: the likeliest tokens if temperature is 0, else draws from
-        softmax(logits / temperature). A row that has written `stop` goes on with `stop`; when all
-        rows have, the result ends.
+        tokens: (B, L) int64, which follow what state has read -> (B, at most L + max_new_tokens):
+        the tokens and their continuation, the likeliest tokens if temperature is 0, else draws from
+        softmax(logits / temperature). A row that has written the token `stop` is padded with it;
+        the result ends when all rows have.
         """
         if type(max_new_tokens) is not int or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
@@ -273,7 +281,7 @@ class Resona(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + mix(recurrence, retrieval), then x + MLP."""
+    """x + mix(recurrence, retrieval) of norm(x), then x + MLP of norm(x)."""
 
     def __init__(self, config: ResonaConfig, retrieval: bool):
         super().__init__()
@@ -315,7 +323,11 @@ class Layer(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """A causal depthwise convolution over the last W tokens. Its state: the last W-1 inputs."""
+    """
+    A causal depthwise convolution over the last W tokens; weight[-1] belongs to the current one.
+
+    So u tells more of a place in the text than one token does. Its state: the last W-1 inputs.
+    """
 
     def __init__(self, d_model: int, width: int):
         super().__init__()
@@ -327,11 +339,11 @@ class ShortConv(nn.Module):
         taps = self.weight.unbind(0)  # W times (D,)
         if state is None:
             state = x.new_zeros(B, len(taps) - 1, D)
-        x = torch.cat([state, x], dim=1)  # (B, W-1+L, D)
-        out = taps[0] * x[:, :L]
+        padded = torch.cat([state, x], dim=1)  # (B, W-1+L, D)
+        out = taps[0] * padded[:, :L]
         for i in range(1, len(taps)):
-            out = out + taps[i] * x[:, i : i + L]
-        return out, x[:, L:].clone()  # a view would keep all of x alive in the state
+            out = out + taps[i] * padded[:, i : i + L]
+        return out, padded[:, L:].clone()  # a view would keep all of padded alive in the state
 
 
 def make_backbone(config: ResonaConfig) -> nn.Module:
@@ -354,9 +366,9 @@ def make_retrieval(config: ResonaConfig) -> Retrieval:
 @dataclass(frozen=True)
 class State:
     """
-    All that a model keeps of what it has read, for as many texts as the batch had rows.
+    All that a model keeps of what it has read, one text per row of the batch.
 
-    No call modifies it. What torch.save writes of it, torch.load reads with weights_only=True.
+    No call modifies it. It can be saved with torch.save and loaded with weights_only=True.
     """
 
     config: ResonaConfig
@@ -372,7 +384,7 @@ class State:
         return State(self.config, layers)
 
     def detach(self) -> State:
-        """The same state, cut from the graph that computed it."""
+        """The same state, cut from the graph that computed it. Its rows can still grow in place."""
         return self.map(lambda x: x.detach() if x.requires_grad else x)
 
     def to(self, device: str | torch.device) -> State:
@@ -401,12 +413,13 @@ class LayerState:
         )
 
     def map(
-        self, function: Callable[[Tensor], Tensor], of_recurrent: Callable[[Tensor], Tensor]
+        self, function: Callable[[Tensor], Tensor], on_recurrent: Callable[[Tensor], Tensor]
     ) -> LayerState:
+        """The state with on_recurrent applied to tensors of the recurrence, function to others."""
         return replace(
             self,
             conv=function(self.conv),
-            recurrent=map_tensors(of_recurrent, self.recurrent),
+            recurrent=map_tensors(on_recurrent, self.recurrent),
             memory=map_tensors(function, self.memory),
         )
 
@@ -426,7 +439,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a branch has read: M finished chunks, and n < U tokens whose chunk is not finished."""
+    """What a branch has read: M finished chunks, and n < U tokens that wait for theirs to be.
+
+    Why u has one row more than z is drawn in Retrieval.remember.
+    """
 
     c: GrowingRows  # (B, M, S) search keys, one per chunk
     k: GrowingRows  # (B, M, U, H, E) token keys
@@ -442,16 +458,17 @@ class Memory:
 
 class Retrieval(nn.Module):
     """
-    The branch. It works around any recurrence, and needs no vocabulary and no whole model.
+    The branch. It can be put around any recurrence, inside Resona or without it.
 
         output, memory = retrieval(z, u, y, memory=None)
 
     z: (B, L, D) normed layer input       -> token values
     u: (B, L, D) short features of z      -> keys, and queries
     y: (B, L, D) output of the recurrence -> queries
-    output: (B, L, D) = (1-α)·y + α·r, where r is o_proj of what attention to the K best chunks
-    returns, and α = sigmoid(linear(y, u)), one per token, 0 where no chunk was found
-    memory: what it has read, to go on from; it is never modified
+    output: (B, L, D) = (1-α)·y + α·r, where r is what attention to the K best chunks returns, and
+    α = sigmoid(linear(y, u)) is one number per token. Where no chunk is visible α is 0: the output
+    is y. (Tokens whose chunk is not finished yet are known to u and y alone.)
+    memory: what it has read, to continue from; it is never modified
 
     zero_init: multiply α by a learned gate that starts at zero, so that a trained model into which
     the branch is put is unchanged at first. (α may then leave 0..1.)
@@ -475,7 +492,8 @@ class Retrieval(nn.Module):
         # search
         self.search_q_proj = nn.Linear(2 * d_model, d_search, bias=False)
         self.chunk_encoder = ChunkEncoder(d_model, chunk_size, d_search)
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(10.0)]))  # as in CLIP
+        # The scale of the scores, an inverse temperature, learned as its logarithm as in CLIP.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
         # attend
         self.q_proj = nn.Linear(2 * d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, d_model, bias=False)
@@ -503,20 +521,21 @@ class Retrieval(nn.Module):
         B, L, D = z.shape
         yu = torch.cat([y, u], dim=-1)  # (B, L, 2D)
 
-        # 1. remember. With these tokens, too: the search hides what a token may not see yet.
+        # 1. remember these tokens before the search, which hides what a token may not see
         memory = self.remember(z, u, memory)
-        n_read = memory.c.tensor.shape[1] * self.chunk_size + memory.z.shape[1]
+        M = memory.c.tensor.shape[1]
+        offset = M * self.chunk_size + memory.z.shape[1] - L  # position of the first token here
 
         # 2. search, by the cosine of query and key times a learned scale
         search_q = self.logit_scale.exp() * F.normalize(self.search_q_proj(yu), dim=-1)  # (B, L, S)
-        with no_autocast(z):  # in 16 bits other chunks would win
-            n_slots = max(1, min(top_k, memory.c.tensor.shape[1]))  # more would stay empty
-            score, index = self.search_chunks(search_q, memory, n_slots, n_read - L)  # (B, L, K)
+        K = max(1, min(top_k, M))  # more slots would stay empty
+        with no_autocast(z):  # scores rounded to 16 bits would choose other chunks
+            score, index = self.search_chunks(search_q, memory, K, offset)  # (B, L, K)
 
         # 3. attend to the tokens of these chunks
         q = self.q_proj(yu).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
-        r = attend(q, memory.k.tensor, memory.v.tensor, score, index)  # (B, L, H, E)
-        r = self.o_proj(r.flatten(2))  # (B, L, D)
+        o = attend(q, memory.k.tensor, memory.v.tensor, score, index)  # (B, L, H, E)
+        r = self.o_proj(o.flatten(2))  # (B, L, D)
 
         # 4. mix
         alpha = torch.sigmoid(self.alpha_proj(yu))  # (B, L, 1)
@@ -524,38 +543,36 @@ class Retrieval(nn.Module):
             alpha = self.gate * alpha
         found = index[..., :1] >= 0  # (B, L, 1): slots are filled from the first on
         alpha = torch.where(found, alpha, 0)
+
         if trace is not None:
-            empty = (0, top_k - n_slots)
-            trace.append(
-                {
-                    "index": F.pad(index, empty, value=-1),
-                    "score": F.pad(score.detach(), empty, value=-math.inf),
-                    "alpha": alpha.detach(),
-                }
-            )
+            missing = (0, top_k - K)
+            index = F.pad(index, missing, value=-1)
+            score = F.pad(score.detach(), missing, value=-math.inf)
+            trace.append({"index": index, "score": score, "alpha": alpha.detach()})
         return torch.lerp(y, r.to(y.dtype), alpha.to(y.dtype)), memory  # (1-α)·y + α·r
 
     def remember(self, z: Tensor, u: Tensor, memory: Memory | None) -> Memory:
         """
         Append L tokens. Every U of them, counted from the start of the text, make a chunk.
 
-        With U = 2, after the five tokens  $ c a t |  :
+        With U = 2, after the five tokens $ c a t | (a text to copy, between two marks):
 
             chunk        0           1        waiting
             token j      $     c     a     t     |
             key from     0    u[$]  u[c]  u[a]  u[t]     what came before j (0: zeros)
             value from  z[$]  z[c]  z[a]  z[t]  z[|]     j itself
 
-        Chunks 0 and 1 are encoded, and | waits, kept as u[t], u[|] and z[|], for its chunk to be
-        finished by the next token.
+        Chunks 0 and 1 are encoded. The token | waits for the next one to finish its chunk. Kept for
+        it are u[t], from which its own key is made, u[|], for that of the next token, and z[|].
         """
         if memory is None:
-            u = F.pad(u, (0, 0, 1, 0))  # zeros before the first token
+            u = F.pad(u, (0, 0, 1, 0))  # a row of zeros before the first token
         else:
             u = torch.cat([memory.u, u], dim=1)  # (B, 1+n+L, D)
             z = torch.cat([memory.z, z], dim=1)  # (B, n+L, D)
 
-        done = z.shape[1] // self.chunk_size * self.chunk_size  # tokens in chunks finished now
+        # of the n + L tokens, those whose chunks are finished now
+        done = z.shape[1] // self.chunk_size * self.chunk_size
         if memory is not None and done == 0:
             return replace(memory, u=u, z=z)
         c, k, v = self.encode(u[:, : done + 1], z[:, :done])
@@ -576,8 +593,11 @@ class Retrieval(nn.Module):
         """
         u: (B, 1+M·U, D), z: (B, M·U, D) -> c: (B, M, S), k, v: (B, M, U, H, E) of M chunks.
 
-        Token keys are one step late: the key of token j describes what came before j, its value
-        is j. So "what followed this the last time?" is a single look-up (an induction head).
+        Token keys are shifted by one: the key of token j is made from u[j-1], its value from z[j].
+        The query of token t contains u[t]. If that is like u[j-1], then token j followed on
+        something like the present, and its value tells what may follow now: "what came next the
+        last time?" is a single look-up (in a Transformer, an induction head). There are no
+        positions; u tells tokens apart by the few before them.
         """
         B, n, D = z.shape
         shape = (B, n // self.chunk_size, self.chunk_size, self.n_head, D // self.n_head)
@@ -595,14 +615,15 @@ class Retrieval(nn.Module):
 
 class ChunkEncoder(nn.Module):
     """
-    One search key of unit length per chunk: proj(Σ_j u[j-1]) + mlp(u before and in the chunk).
+    One search key per chunk: proj(Σ_j u[j-1]) + mlp(u before and in the chunk), of unit length.
 
-    The sum over the tokens j of the chunk learns fast; the MLP adds what depends on their order.
+    The sum over the tokens j of the chunk treats them alike, so that it is learned early; the MLP
+    adds what depends on their order.
 
-    Keys are made from u alone, not from y. y holds all that was read so far, so the same letters
-    would get another key wherever they stand, and on texts longer than those of training keys would
-    drift away from all that the search has learned. A query may contain y: whatever drifts in it is
-    the same for all the chunks that it compares.
+    Keys are made from u alone, not from y. y holds all that was read so far, so the same tokens
+    would get a different key at every position, and on texts longer than those of training keys
+    would drift away from all that the search has learned. A query may contain y: if it drifts, it
+    is at least compared with keys that do not.
     """
 
     def __init__(self, d_model: int, chunk_size: int, d_search: int):
@@ -634,17 +655,17 @@ class ChunkEncoder(nn.Module):
 
 class GatedRecurrence(nn.Module):
     """
-    h[t] = a·h[t-1] + (1-a)·v    and the output is out_proj(h·silu(g))
+    h[t] = a[t]·h[t-1] + (1-a[t])·v[t]    and y[t] = out_proj(h[t]·silu(g[t]))
 
-    with gate a = sigmoid(linear(u)), and v and g linear in u. Every channel is an average of the
-    past that forgets at its own rate, which the token decides.
+    with a = sigmoid(linear(u)), and v and g linear in u. Every channel is a moving average of v;
+    how fast it forgets is decided by the token.
     """
 
     def __init__(self, d_model: int):
         super().__init__()
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
-        with torch.no_grad():  # memories from 2 to 55 tokens long: 1 / (1 - sigmoid(bias))
+        with torch.no_grad():  # at u = 0, averages over 1 / (1 - a) = 2 to 55 tokens
             self.in_proj.bias[:d_model] = torch.linspace(0, 4, d_model)
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -664,11 +685,12 @@ class SelectiveSSM(nn.Module):
 
     If u stays the same for a step of length Δ, the equation has the solution
 
-        h(t + Δ) = exp(Δ·A)·h(t) + (exp(Δ·A) - 1)/A·B·u,    and (exp(Δ·A) - 1)/A ≈ Δ if Δ is small
+        h(t + Δ) = exp(Δ·A)·h(t) + (exp(Δ·A) - 1)/A·B·u,    where (exp(Δ·A) - 1)/A ≈ Δ
 
-    which is a recurrence with a = exp(Δ·A) and b = Δ·B·u, the same scan as above over D·N channels.
-    Selective means that Δ, B and C are computed from the token: with a large Δ the layer forgets
-    and writes, with a small one it skips the token.
+    if Δ·A is small. Mamba always takes Δ, and so do we. That is a recurrence h = a·h + b with
+    a = exp(Δ·A) and b = Δ·B·u, and the same scan computes it, over D·N channels. Selective means
+    that Δ, B and C are computed from the token: with a large Δ the layer forgets and writes, with
+    a small one it skips the token.
     """
 
     def __init__(self, d_model: int, d_state: int = 16):
@@ -677,16 +699,16 @@ class SelectiveSSM(nn.Module):
         self.BC_proj = nn.Linear(d_model, 2 * d_state, bias=False)
         self.gate_proj = nn.Linear(d_model, d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
-        A = torch.arange(1, d_state + 1).repeat(d_model, 1)  # (D, N), the minus sign comes later
-        self.A_log = nn.Parameter(torch.log(A))
+        minus_A = torch.arange(1, d_state + 1).repeat(d_model, 1)  # (D, N): from slow to fast decay
+        self.A_log = nn.Parameter(torch.log(minus_A))  # whatever is learned, A = -exp(A_log) < 0
         self.D = nn.Parameter(torch.ones(d_model))
-        with torch.no_grad():  # steps Δ from 0.001 to 0.1, through the inverse of softplus
+        with torch.no_grad():  # at u = 0, steps Δ from 0.001 to 0.1; the inverse of softplus
             dt = torch.logspace(-3, -1, d_model)
             self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         dt = F.softplus(self.dt_proj(u)).unsqueeze(-1)  # (B, L, D, 1): Δ
-        B, C = self.BC_proj(u).unsqueeze(2).chunk(2, dim=-1)  # (B, L, 1, N) each
+        B, C = self.BC_proj(u).unsqueeze(2).chunk(2, dim=-1)  # (batch, L, 1, N) each
         A = -self.A_log.exp()  # (D, N)
         dA = torch.exp(dt * A)  # (B, L, D, N)
         dBu = dt * u.unsqueeze(-1) * B  # (B, L, D, N)
@@ -703,9 +725,11 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "s
 
 def opaque(shape_of_result: Callable[..., Any]) -> Callable[[Callable], Callable]:
     """
-    A decorator: torch.compile calls the function as it is, and does not look into its loops.
+    A decorator for the parallel loops below: torch.compile runs the function as it is, and does not
+    unroll its loops. Not needed to understand them.
 
-    shape_of_result takes the same arguments, and returns empty tensors of the result's shapes.
+    shape_of_result takes the same arguments and returns empty tensors of the result's shapes. The
+    function has no gradient of its own; the autograd functions that call it have.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -724,9 +748,9 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """
     h[:, t] = a[:, t]·h[:, t-1] + b[:, t], each channel by itself. The final state is h[:, -1].
 
-    a, b: (B, L, D) with |a| <= 1 and L >= 1, h0: (B, D), zero if left out
-    -> h: (B, L, D) in the dtype of b, carried in float32 at least. Raises ValueError on shapes
-    that do not fit.
+    a, b: (B, L, D), L >= 1, with |a| <= 1, as h might overflow otherwise; h0: (B, D) or zero
+    -> h: (B, L, D) in the dtype of b, carried in float32 at least within a call. Raises ValueError
+    on shapes that do not fit.
     """
     check_backend()
     if BACKEND == "naive":
@@ -752,21 +776,24 @@ def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """
-    The same in about 4·√L operations instead of L.
+    The same in about 5·√L operations on whole tensors instead of L.
 
     Two steps compose into one: h -> a₂·(a₁·h + b₁) + b₂ = (a₂·a₁)·h + (a₂·b₁ + b₂). So the effect
     of a whole block of steps on whatever enters it is known from two numbers per channel: the
     product of its a, and where it ends if it starts at zero. Cut L steps into √L blocks of √L:
 
-        block 0   h[0] → h[1] → h[2] → h[3]      operations
-        block 1   h[4] → h[5] → h[6] → h[7]        2·√L  1. all blocks at once, step by step, from
-        block 2   h[8] → …                                  zero: each block's product and end
-                                                     √L  2. block by block: where each really starts
-                                                     √L  3. all blocks at once again, from there
+        block 0    h[0]  →  h[1]  →  h[2]  →  h[3]
+        block 1    h[4]  →  h[5]  →  h[6]  →  h[7]
+        block 2    h[8]  →  …
 
-    and the steps left over, fewer than √L, one by one. The textbook's parallel scan needs log L
-    levels, but each of them passes through all the memory again, and that is what takes the time on
-    a CPU. This one reads a and b twice. Nothing is divided by a product, which would underflow.
+    1. All blocks at once, step by step, from zero: each block's product and end.   2·√L operations
+    2. Block by block: where each block really starts.                              2·√L operations
+    3. All blocks at once, step by step, from there.                                  √L operations
+
+    and the steps left over, fewer than √L, one by one. A parallel scan by doubling has only log L
+    levels, but each passes through all the memory again, which is what takes the time on a CPU;
+    this one reads a and b twice. (There is also h = P·cumsum(b/P) with P = cumprod(a); but P soon
+    underflows.)
     """
     check_scan(a, b, h0)
     dtype = b.dtype
@@ -782,12 +809,13 @@ class ParallelScan(torch.autograd.Function):
     """
     The gradient of a scan is a scan from right to left.
 
-    Let g[t] = ∂loss/∂h[t], including what h[t] does to the later steps, and dh[t] without them.
-    h[t] enters step t+1 multiplied by a[t+1], so
+    Let dh[t] be the gradient that arrives through the output h[t] itself, and g[t] the whole one,
+    with what h[t] does to later steps. h[t] enters step t+1 multiplied by a[t+1], so
 
         g[t] = dh[t] + a[t+1]·g[t+1]     with g[L-1] = dh[L-1]
 
-    and as h[t] = a[t]·h[t-1] + b[t]:   da[t] = g[t]·h[t-1],   db[t] = g[t],   dh0 = a[0]·g[0].
+    and as h[t] = a[t]·h[t-1] + b[t]:   da[t] = g[t]·h[t-1],   db[t] = g[t],   dh0 = a[0]·g[0]
+    (where h[t-1] is h0 for t = 0).
     """
 
     @staticmethod
@@ -804,7 +832,7 @@ class ParallelScan(torch.autograd.Function):
         a, h, h0 = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return scan_backward(a, h, h0, dh)
-        # The same, itself differentiable: for torch.func and second derivatives.
+        # With create_graph=True, or in torch.func: the same, written so that it is differentiable.
         a_next = F.pad(a[:, 1:], (0, 0, 0, 1))  # a[t+1], 0 after the last step
         g = scan_parallel(a_next.flip(1), dh.flip(1)).flip(1)
         h_before = torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1)  # h[t-1]
@@ -847,37 +875,41 @@ def scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = F
     n_blocks = math.isqrt(L)
     n_steps = L // n_blocks
     n_rest = L - n_blocks * n_steps
+    # forward:  | block 0 | block 1 | … | rest |     time runs to the right, as the index does
+    # reverse:  | rest | … | block 1 | block 0 |     time runs to the left
     in_blocks = slice(n_rest, L) if reverse else slice(0, L - n_rest)
-    left_over = slice(0, n_rest) if reverse else slice(L - n_rest, L)
-    forward = -1 if reverse else 1  # the order of time
+    rest = range(n_rest)[::-1] if reverse else range(L - n_rest, L)
+    step = -1 if reverse else 1
 
     def steps_of_blocks(x: Tensor) -> Sequence[Tensor]:
-        """(B, L, D) -> n_steps views (B, blocks, D), one for each step of all blocks"""
-        return x[:, in_blocks].unflatten(1, (n_blocks, n_steps)).unbind(2)[::forward]
+        """(B, L, D) -> n_steps views (B, n_blocks, D): a step of all blocks each, in their order"""
+        return x[:, in_blocks].unflatten(1, (n_blocks, n_steps)).unbind(2)[::step]
 
-    a_steps, b_steps, out_steps = steps_of_blocks(a), steps_of_blocks(b), steps_of_blocks(out)
+    a_steps = steps_of_blocks(a)
+    b_steps = steps_of_blocks(b)
+    out_steps = steps_of_blocks(out)
 
     # 1. all blocks at once, from zero
-    end = torch.zeros_like(b_steps[0])  # (B, blocks, D)
-    decay = torch.ones_like(end)
+    end = torch.zeros_like(b_steps[0])  # (B, n_blocks, D)
+    product = torch.ones_like(end)
     for a_t, b_t in zip(a_steps, b_steps, strict=True):
         torch.addcmul(b_t, a_t, end, out=end)
-        decay.mul_(a_t)
+        product.mul_(a_t)
 
-    # 2. from block to block
+    # 2. block by block
     start = torch.empty_like(end)
-    h = h0
-    for m in range(n_blocks)[::forward]:
+    h = h0  # (B, D)
+    for m in range(n_blocks)[::step]:
         start[:, m] = h
-        h = torch.addcmul(end[:, m], decay[:, m], h)
+        h = torch.addcmul(end[:, m], product[:, m], h)
 
-    # 3. all blocks at once again. Running twice moves less memory than keeping all products.
+    # 3. all blocks at once again. To compute twice is cheaper than to store every product.
     h_t = start
     for a_t, b_t, out_t in zip(a_steps, b_steps, out_steps, strict=True):
         h_t = torch.addcmul(b_t, a_t, h_t, out=out_t)
 
-    # the steps that are left over
-    for t in range(left_over.start, left_over.stop)[::forward]:
+    # the steps left over
+    for t in rest:
         h = torch.addcmul(b[:, t], a[:, t], h, out=out[:, t])
 
 
@@ -901,19 +933,19 @@ def search(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """
-    The top_k chunks whose keys have the largest dot products with a query, of those it may see.
+    Of the chunks that a query may see, the top_k with the largest dot products of key and query.
 
     q: (B, L, S) queries of the tokens at positions offset..offset+L-1, c: (B, M, S) keys, M >= 0
     -> score: (B, L, top_k), best first, in float32 at least, index: (B, L, top_k) int64; -inf and
     -1 where no chunk is left. Raises ValueError on sizes that do not fit.
 
-    A query at position p may see chunk m if the chunk ended before p: (m+1)·U <= p. A chunk that
-    ends with token p itself is hidden, too: retrieval is for what is gone, and token p is what the
-    layer reads at this moment. (Copying is as accurate with this chunk visible.)
+    A query at position p may see chunk m if the chunk ended before p: (m+1)·U <= p. The chunk that
+    ends with token p itself would break no law; to hide it is a convention, and copying is as
+    accurate with it.
 
-    Of chunks with equal scores any may be chosen. So the state law needs chunks with equal scores
-    to have read the same, which holds unless the search cannot tell chunks apart at all, as with
-    weights of zero.
+    Among chunks with equal scores the choice is free. Chunks with equal keys are normally chunks of
+    the same tokens, and it makes no difference which one is attended to. (With weights that give
+    all chunks the same score, zeros for one, the state law does not hold.)
     """
     check_backend()
     if BACKEND == "naive":
@@ -953,7 +985,7 @@ def search_parallel(
     The same for a block of queries at a time, so that at most some 4 million scores exist at once.
 
     Which chunks win has no gradient. It is found first; then the scores of the winners alone are
-    computed again for the graph. So its memory grows with L·K, not with L·M.
+    computed again for the graph. So the memory of a training step grows with L·K, not with L·M.
     """
     check_search(q, c, top_k, chunk_size, offset)
     q, c = at_least_float32(q), at_least_float32(c)
@@ -977,9 +1009,9 @@ def shape_of_best_chunks(q, c, top_k, chunk_size, offset):
 def best_chunks(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
 ) -> tuple[Tensor, Tensor]:
-    """search_parallel without a gradient, for top_k <= M or 1."""
+    """search_parallel without a gradient, for top_k <= max(M, 1)."""
     B, L, _ = q.shape
-    n_queries = 256 if B == 1 else 128  # in a block; this many are the fastest on a CPU
+    n_queries = 256 if B == 1 else 128  # in a block; fastest by trial on a CPU
     n_queries = max(1, min(n_queries, 2**22 // max(1, B * c.shape[1])))
     scores: list[Tensor] = []
     indices: list[Tensor] = []
@@ -998,21 +1030,20 @@ def search_block(
     """best_chunks for a few queries: one product, a mask, and the top k."""
     L = q.shape[1]
     M = c.shape[1]
-    # Chunks 0..all_see-1 are visible to all these queries, and those up to some_see-1 to some.
-    all_see = min(M, offset // chunk_size)
-    some_see = min(M, (offset + L - 1) // chunk_size)
+    first_sees = min(M, offset // chunk_size)  # chunks that the first query sees, the fewest
+    last_sees = min(M, (offset + L - 1) // chunk_size)  # and the last one, the most
 
-    score = torch.bmm(q, c[:, :some_see].mT)  # (B, L, some_see)
-    if some_see < top_k:
-        score = F.pad(score, (0, top_k - some_see), value=-math.inf)
+    score = torch.bmm(q, c[:, :last_sees].mT)  # (B, L, last_sees)
+    if last_sees < top_k:
+        score = F.pad(score, (0, top_k - last_sees), value=-math.inf)
     width = score.shape[2]
-    if all_see < width:
+    if first_sees < width:
         n_visible = torch.arange(offset, offset + L, device=q.device) // chunk_size  # (L,)
-        hidden = torch.arange(all_see, width, device=q.device) >= n_visible.unsqueeze(1)
-        score[..., all_see:].masked_fill_(hidden, -math.inf)
+        hidden = torch.arange(first_sees, width, device=q.device) >= n_visible.unsqueeze(1)
+        score[..., first_sees:].masked_fill_(hidden, -math.inf)
 
     score, index = top_k_by_groups(score, top_k)
-    if all_see < top_k:
+    if first_sees < top_k:
         index = index.masked_fill_(score == -math.inf, -1)
     return score, index
 
@@ -1021,9 +1052,9 @@ def top_k_by_groups(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     x.topk(k) of x: (..., n), several times as fast on a CPU where n is much larger than k.
 
-    Put the entries into groups of 4. Only the k groups with the largest maxima can hold one of the
-    k largest entries, for what another group holds is no larger than those k maxima. So choose
-    groups by their maxima (by the same method), then the k best of their 4·k members.
+    Put the entries into groups of 4, and choose the k groups with the largest maxima, by the same
+    method. An entry outside of them is at most as large as these k maxima, so it can be left out.
+    Then choose the k best of the 4·k members. (The limits below were found by trial.)
     """
     n = x.shape[-1]
     if n <= 8 * k or x.numel() <= 2**14:
@@ -1041,7 +1072,11 @@ def top_k_by_groups(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def gather_scores(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
-    """q: (B, L, S), c: (B, M, S), index: (B, L, K) -> q[t]·c[index[t, i]], -inf where it is -1."""
+    """
+    q: (B, L, S), c: (B, M, S), index: (B, L, K) -> q[t]·c[index[t, i]], -inf where the index is -1.
+
+    Computed as the logits of attend_parallel are, with one head and one token per chunk.
+    """
     chunk = number_across_batch(index.clamp(min=0), c.shape[1])  # (B·L, K)
     one_head = q.flatten(0, 1).unsqueeze(1)  # (B·L, 1, S)
     one_token = c.flatten(0, 1).unsqueeze(1).unsqueeze(1)  # (B·M, 1, 1, S)
@@ -1070,22 +1105,23 @@ def check_search(q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int)
 
 def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """
-    r = Σ_j w_j·v_j over the K·U tokens j of the retrieved chunks. With s the chunks' scores,
+    o = Σ_j w_j·v_j over the K·U tokens j of the retrieved chunks, head by head. With s the scores,
 
         w = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
 
-    The second term is the logarithm of how probable the search holds each of the K chunks to be.
-    Through it the loss says "more of this chunk, less of that one", which trains the search. (Not
-    with K = 1: there the probability is 1 whatever the score is.)
+    The second term is the log of the probability that the search gives to the chunk of j, among the
+    K. Through it the loss says "more of this chunk, less of that one", which trains the search. A
+    chunk that is not retrieved gets no gradient; and with K = 1 no score does, as the probability
+    is 1 whatever it is.
 
     q: (B, L, H, E), k, v: (B, M, U, H, E), score, index: (B, L, K) as search returns them
-    -> r: (B, L, H, E), exactly zero where no chunk was found.
+    -> o: (B, L, H, E), exactly zero where no chunk was found.
     """
     check_backend()
     if BACKEND == "naive":
         return attend_naive(q, k, v, score, index)
-    decoding = index.shape[0] * index.shape[1] <= 64 and not torch.is_grad_enabled()
-    if decoding or not q.device.type == "cpu":
+    decoding = q.shape[0] * q.shape[1] <= 64 and not torch.is_grad_enabled()
+    if decoding or q.device.type != "cpu":
         return attend_gathered(q, k, v, score, index)
     return attend_parallel(q, k, v, score, index)
 
@@ -1111,7 +1147,8 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     """
     The same with a copy of the keys and values that each query retrieved, and PyTorch's attention.
 
-    The fewest operations: for decoding, and for GPUs. The copies are K·U times as large as q.
+    It has the fewest operations, so it is used for decoding and on GPUs. The two copies are K·U
+    times as large as q.
     """
     B, L, H, E = q.shape
     if k.shape[1] == 0:
@@ -1120,7 +1157,7 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     bias = log_p.to(q.dtype).repeat_interleave(k.shape[2], dim=-1)  # (B, L, K·U)
 
     row = torch.arange(B, device=q.device).view(B, 1, 1)
-    chunk = index.clamp(min=0)
+    chunk = index.clamp(min=0)  # empty slots take chunk 0, with a weight of exp(-inf) = 0
     keys = k[row, chunk].flatten(2, 3).to(q.dtype)  # (B, L, K·U, H, E)
     values = v[row, chunk].flatten(2, 3).to(q.dtype)
 
@@ -1137,16 +1174,15 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     """
     The same without the copies: on a CPU two to five times as fast in training.
 
-    Tensors have the axes t (query), h (head), e (channel of a head), and j, the K·U tokens that a
-    query retrieved. All that is needed are products of two of w[t,h,j], q[t,h,e] and k[j,h,e],
-    summed over the axis that the third does not have, which gives a tensor like the third:
+    Axes: t a query, h a head, e a channel of the head, j one of the K·U tokens that t retrieved.
+    Take three tensors w[t,h,j], q[t,h,e] and k[token j of t,h,e]. Multiply any two, sum over the
+    axis that the third lacks, and the result has the shape of the third:
 
-        dot_retrieved     w[t,h,j] = Σ_e q[t,h,e]·k[j,h,e]
-        sum_retrieved     q[t,h,e] = Σ_j w[t,h,j]·k[j,h,e]     over the tokens that t retrieved
-        sum_retrievers    k[j,h,e] = Σ_t w[t,h,j]·q[t,h,e]     over the queries that retrieved j
+        dot_retrieved    Σ_e q·k  is like w       the logits, of queries and keys
+        sum_retrieved    Σ_j w·k  is like q       the output o, of weights and values
+        sum_retrievers   Σ_t w·q  is like k       over the queries that retrieved a token
 
-    The logits are the first, of queries and keys, and r is the second, of weights and values. The
-    derivatives of each of the three are the two others.
+    The derivatives of each of the three are the two others, so nothing else is needed for training.
     """
     B, L, H, E = q.shape
     M, U = k.shape[1:3]
@@ -1155,28 +1191,28 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     log_p, found = log_probability(score, index)
     bias = log_p.to(q.dtype).repeat_interleave(U, dim=-1)  # (B, L, K·U)
 
-    # All texts of the batch in one: t counts B·L queries, chunk numbers are 0..B·M-1.
-    chunk = number_across_batch(index.clamp(min=0), M)  # (B·L, K)
+    # all texts of the batch in one, with T = B·L queries and B·M chunks
+    chunk = number_across_batch(index.clamp(min=0), M)  # (T, K); empty slots get the weight 0
+    q = q.flatten(0, 1) / math.sqrt(E)  # (T, H, E)
     k = k.to(q.dtype).flatten(0, 1)  # (B·M, U, H, E)
     v = v.to(q.dtype).flatten(0, 1)
-    p = DotRetrieved.apply(q.flatten(0, 1), k, chunk)  # (B·L, H, K·U)
-    w = torch.add(bias.flatten(0, 1).unsqueeze(1), p, alpha=1 / math.sqrt(E)).softmax(-1)
-    r = SumRetrieved.apply(w, v, chunk)  # (B·L, H, E)
-    return r.view(B, L, H, E).masked_fill(~found.unsqueeze(-1), 0)
+    logits = DotRetrieved.apply(q, k, chunk) + bias.flatten(0, 1).unsqueeze(1)  # (T, H, K·U)
+    o = SumRetrieved.apply(logits.softmax(-1), v, chunk)  # (T, H, E)
+    return o.view(B, L, H, E).masked_fill(~found.unsqueeze(-1), 0)
 
 
 def log_probability(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """score, index: (B, L, K) -> log softmax(score), and whether anything was found: (B, L, 1)."""
     found = index[..., :1] >= 0  # slots are filled from the first on
-    return score.masked_fill(~found, 0).log_softmax(-1), found  # of -inf alone it would be NaN
+    return score.masked_fill(~found, 0).log_softmax(-1), found  # NaN for a row of only -inf
 
 
 def number_across_batch(index: Tensor, M: int) -> Tensor:
     """
     Chunk numbers in each text -> numbers in a table of the chunks of all texts, one after another.
 
-        text 0   0 1 … M-1      →     0    1 … M-1
-        text 1   0 1 … M-1      →     M  M+1 … 2M-1        (B, L, K) -> (B·L, K)
+        text 0   0 1 … M-1     ->     0    1 … M-1
+        text 1   0 1 … M-1     ->     M  M+1 … 2M-1        (B, L, K) -> (T, K)
     """
     first = M * torch.arange(index.shape[0], device=index.device)
     return (index + first.view(-1, 1, 1)).flatten(0, 1)
@@ -1246,11 +1282,12 @@ def shape_of_dot_retrieved(q, k, chunk):
 @opaque(shape_of_dot_retrieved)
 def dot_retrieved(q: Tensor, k: Tensor, chunk: Tensor) -> Tensor:
     """
-    Σ_e q[t,h,e]·k[j,h,e]. q: (T, H, E), k: (chunks, U, H, E), chunk: (T, K) -> (T, H, K·U).
+    Σ_e q[t,h,e]·k[token j of t,h,e].  q: (T, H, E), k: (chunks, U, H, E), chunk: (T, K)
+    -> (T, H, K·U).
 
     Keys are gathered for as many queries as fit into a processor's cache. They stay in the layout
     (tokens, H·E); a query is spread to a matrix with a row for each head, zero outside the head's
-    own channels. That multiplies H times too much, and is faster than to move the keys.
+    own channels. That does H times the multiplications, but saves a transposition of the keys.
     """
     T, H, E = q.shape
     U = k.shape[1]
@@ -1274,10 +1311,11 @@ def shape_of_sum_retrieved(w, v, chunk):
 @opaque(shape_of_sum_retrieved)
 def sum_retrieved(w: Tensor, v: Tensor, chunk: Tensor) -> Tensor:
     """
-    Σ_j w[t,h,j]·v[j,h,e]. w: (T, H, K·U), v: (chunks, U, H, E), chunk: (T, K) -> (T, H, E).
+    Σ_j w[t,h,j]·v[token j of t,h,e].  w: (T, H, K·U), v: (chunks, U, H, E), chunk: (T, K)
+    -> (T, H, E).
 
     embedding_bag sums rows of a table with weights, without a copy of them. The table is v with a
-    row of E numbers for each token and head: head h of token u of chunk m is row (m·U + u)·H + h.
+    row of E numbers for each token and head: head h of token i of chunk m is row (m·U + i)·H + h.
     """
     T, H, n_tokens = w.shape
     U, E = v.shape[1], v.shape[3]
@@ -1301,50 +1339,56 @@ def shape_of_sum_retrievers(w, q, chunk, n_chunks):
 @opaque(shape_of_sum_retrievers)
 def sum_retrievers(w: Tensor, q: Tensor, chunk: Tensor, n_chunks: int) -> Tensor:
     """
-    Σ_t w[t,h,j]·q[t,h,e] over the queries t that retrieved token j.
+    Σ_t w[t,h,j]·q[t,h,e] for each token, over the queries t that retrieved it as their token j.
 
-    w: (T, H, K·U), q: (T, H, E), chunk: (T, K) -> (n_chunks, U, H, E).
+    w: (T, H, K·U), q: (T, H, E), chunk: (T, K) -> (n_chunks, U, H, E)
 
-    The pairs (slot, query) are sorted by the chunk in the slot. Then those of a chunk are
-    neighbours, and embedding_bag sums each such group, for one head and one token of it at a time.
+    Sorted by chunk, the queries that retrieved the same one stand together, and embedding_bag sums
+    each such group, for one head and one token of the chunk at a time. With T = 3, K = 2:
+
+        query t       0     1     2           retrievals, counted slot by slot, as slot·T + t:
+        slot 0    chunk 5     0     5         number   0 1 2 3 4 5     sorted by chunk   1 4 5 0 2 3
+        slot 1    chunk 7     2     2         chunk    5 0 5 7 2 2     their chunks      0 2 2 5 5 7
     """
     T, H, E = q.shape
     K = chunk.shape[1]
     U = w.shape[2] // K
-    by_chunk, pair = chunk.T.flatten().sort(stable=True)  # pair number slot·T + t
+    by_chunk, number = chunk.T.flatten().sort(stable=True)  # (K·T,) each
     starts = torch.searchsorted(by_chunk, torch.arange(n_chunks, device=q.device))
-    query = pair % T
+    query = number % T
     w = w.flatten(1).T.contiguous().view(H, K, U, T)  # one transposition, the slowest step
-    q = q.reshape(-1, E)
+    q = q.reshape(T * H, E)
     out = q.new_empty(n_chunks, U, H, E)
     for h in range(H):
         row = query * H + h
-        for u in range(U):
-            weight = w[h, :, u].flatten()[pair]
-            out[:, u, h] = F.embedding_bag(
-                row, q, starts, mode="sum", per_sample_weights=weight
-            )
+        for i in range(U):
+            weight = w[h, :, i].flatten()[number]
+            out[:, i, h] = F.embedding_bag(row, q, starts, mode="sum", per_sample_weights=weight)
     return out
 
 
 # ==================================================================================================
 # Approximate search: an inverted file (IVF, as in FAISS), worthwhile above about 30,000 chunks
+#
+# Similar chunks are put into one list, as the index of a book lists the pages of a word. A query is
+# compared with one vector per list, and then only with the chunks in the lists that fit it best.
+
+SAMPLE = 16  # first chunks per list, from which the lists are made
+OUTLIERS = 1024  # the least similar one in this many of them sets the threshold for outliers
 
 
 @dataclass(frozen=True)
 class Lists:
-    """Which chunks are alike. Each list has a centroid, the direction of its chunks' mean key."""
+    """Which chunks are alike."""
 
-    centroids: Tensor  # (B, nlist, S)
+    centroids: Tensor  # (B, nlist, S) one per list: the direction of the mean of its chunks' keys
     threshold: Tensor  # (B, 1) a chunk less similar than this to every centroid is an outlier
-    member: Tensor  # (B, M) the list of each chunk, nlist if it is an outlier
+    member: GrowingRows  # (B, M) the list of each chunk, nlist if it is an outlier
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Lists:
-        return Lists(function(self.centroids), function(self.threshold), function(self.member))
-
-
-SAMPLE = 16  # chunks per list from which the centroids are made
-OUTLIERS = 1024  # of these chunks, one in so many is an outlier
+        return Lists(
+            function(self.centroids), function(self.threshold), self.member.map(function)
+        )
 
 
 @dataclass(frozen=True)
@@ -1360,9 +1404,14 @@ class IVFRetrieval(Retrieval):
     in the nprobe lists whose centroids are the most similar.
 
     Causality and the state law hold. Centroids are made from the first nlist·SAMPLE chunks, 8,192
-    by default, and a query that sees fewer chunks than that searches exactly. A chunk stays in the
-    list that it joins when it is finished. A chunk unlike every centroid, often the one we want,
-    would be lost in any list: so every query also searches a list of outliers.
+    by default, and a query that sees no more chunks than these searches exactly. A chunk joins the
+    list of its nearest centroid when it is finished, and stays there.
+
+    A chunk unlike every centroid joins a list that says little about it, and a query that wants it
+    would probably not probe that list. Rare content is often what is looked up. So such outliers
+    have a list of their own, which every query searches.
+
+    It is made for CPUs: on a GPU it would wait at every list.
     """
 
     def __init__(self, *sizes: Any, nlist: int = 512, nprobe: int = 40, **options: Any):
@@ -1390,44 +1439,44 @@ class IVFRetrieval(Retrieval):
 
 def update_lists(c: Tensor, nlist: int, lists: Lists | None = None) -> Lists | None:
     """
-    Put the chunks with keys c: (B, M, S) into lists, None if there are too few for centroids.
+    The lists of the chunks with keys c: (B, M, S), or None if M is too small for centroids.
 
-    lists: those of the first chunks, if they have been made before.
+    lists: what an earlier call returned, of fewer chunks of the same texts
     """
-    n_first = SAMPLE * nlist
-    if c.shape[1] < n_first:
+    n_sample = SAMPLE * nlist
+    if c.shape[1] < n_sample:
         return None
     c = c.detach()
     if lists is None:
-        lists = make_lists(c[:, :n_first], nlist)
-    n_known = lists.member.shape[1]
+        lists = make_lists(c[:, :n_sample], nlist)
+    n_known = lists.member.tensor.shape[1]
     if n_known == c.shape[1]:
         return lists
     similarity, member = nearest(c[:, n_known:], lists.centroids, 1)  # (B, new chunks, 1)
     member = torch.where(similarity < lists.threshold.unsqueeze(1), nlist, member).squeeze(2)
-    return replace(lists, member=torch.cat([lists.member, member], dim=1))
+    return replace(lists, member=lists.member.append(member))
 
 
-def make_lists(first: Tensor, nlist: int) -> Lists:
-    """Centroids of the first chunks' keys (B, SAMPLE·nlist, S), by k-means on the sphere."""
-    centroids = first[:, ::SAMPLE]
+def make_lists(sample: Tensor, nlist: int) -> Lists:
+    """Lists without members, from chunk keys (B, SAMPLE·nlist, S), by k-means with cosines."""
+    centroids = sample[:, ::SAMPLE]
     for _ in range(8):
-        _, member = nearest(first, centroids, 1)
-        belongs = F.one_hot(member.squeeze(2), nlist).to(first.dtype)  # (B, SAMPLE·nlist, nlist)
-        centroids = F.normalize(belongs.mT @ first, dim=-1)
-    similarity, _ = nearest(first, centroids, 1)
+        _, member = nearest(sample, centroids, 1)
+        belongs = F.one_hot(member.squeeze(2), nlist).to(sample.dtype)  # (B, SAMPLE·nlist, nlist)
+        centroids = F.normalize(belongs.mT @ sample, dim=-1)  # zero if a list is empty
+    similarity, _ = nearest(sample, centroids, 1)
     ranked = similarity.squeeze(2).sort(dim=1).values
-    threshold = ranked[:, first.shape[1] // OUTLIERS].unsqueeze(1)
-    no_members = torch.empty(first.shape[0], 0, dtype=torch.int64, device=first.device)
-    return Lists(centroids, threshold, no_members)
+    threshold = ranked[:, sample.shape[1] // OUTLIERS].unsqueeze(1)
+    no_member = torch.empty(sample.shape[0], 0, dtype=torch.int64, device=sample.device)
+    return Lists(centroids, threshold, GrowingRows(no_member))
 
 
 def nearest(x: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """
     x: (B, L, S), centroids: (B, nlist, S) -> similarity and list of the n most similar: (B, L, n).
 
-    In float64, because the rounding of a float32 product depends on how many vectors are multiplied
-    at once, and equal keys have to join equal lists, however the text was cut into calls.
+    In float64, so that equal keys join the same list in whatever call they come: a product in
+    float32 rounds differently with the number of vectors that are multiplied at once.
     """
     return (x.double() @ centroids.double().mT).float().topk(n)
 
@@ -1454,8 +1503,9 @@ def search_ivf(
         probes = torch.zeros(B, L, nlist + 1, dtype=torch.bool, device=q.device)
         probes.scatter_(2, probed, True)
         n_visible = torch.arange(offset, offset + L, device=q.device) // chunk_size
+        member = lists.member.tensor
         rows = [
-            probe_lists(q[i], c[i], top_k, n_visible, probes[i], lists.member[i]) for i in range(B)
+            probe_lists(q[i], c[i], top_k, n_visible, probes[i], member[i]) for i in range(B)
         ]
         index = torch.stack(rows)
     return gather_scores(q, c, index), index
@@ -1474,30 +1524,33 @@ def probe_lists(
     n_lists = probes.shape[1]
     score = q.new_full((L, top_k), -math.inf)
     index = torch.full((L, top_k), -1, device=q.device)
-    if L == 1:  # decoding: all the chunks that it probes are one list
+    if L == 1:  # decoding: put all the chunks that the one query probes into one list
         members = [probes[0, member].nonzero().squeeze(1)]
-        probes = probes[:, -1:]  # which it probes, as it does the outliers
+        probes = torch.ones(1, 1, dtype=torch.bool, device=q.device)
     else:
         sizes = member.bincount(minlength=n_lists).tolist()
-        members = list(member.argsort(stable=True).split(sizes))
+        members = list(member.argsort(stable=True).split(sizes))  # ascending in each list
 
     for number, chunks in enumerate(members):
         if len(chunks) == 0:
             continue
-        n_seen_by_all = int((chunks < n_visible[0]).sum())
+        n_seen_by_all = int((chunks < n_visible[0]).sum())  # the first query sees the fewest
         n_queries = max(1, 2**22 // len(chunks))
         for query in probes[:, number].nonzero().squeeze(1).split(n_queries):
-            new = q[query] @ c[chunks].mT  # (queries, chunks)
+            new_score = q[query] @ c[chunks].mT  # (queries, chunks)
             hidden = chunks[n_seen_by_all:] >= n_visible[query].unsqueeze(1)
-            new[:, n_seen_by_all:].masked_fill_(hidden, -math.inf)
+            new_score[:, n_seen_by_all:].masked_fill_(hidden, -math.inf)
 
-            gains = new.amax(1) > score[query, -1]  # the other queries have better ones already
-            query, new = query[gains], new[gains]
-            best, at = top_k_by_groups(new, min(top_k, len(chunks)))
-            both_scores = torch.cat([score[query], best], dim=1)
-            both_chunks = torch.cat([index[query], chunks[at]], dim=1)
-            score[query], at = both_scores.topk(top_k)
-            index[query] = both_chunks.gather(1, at)
+            gains = new_score.amax(1) > score[query, -1]  # the others have better ones already
+            query, new_score = query[gains], new_score[gains]
+            new_score, at = top_k_by_groups(new_score, min(top_k, len(chunks)))
+
+            # the best of the old and the new
+            both_score = torch.cat([score[query], new_score], dim=1)
+            both_index = torch.cat([index[query], chunks[at]], dim=1)
+            best_score, at = both_score.topk(top_k)
+            score[query] = best_score
+            index[query] = both_index.gather(1, at)
     return index.masked_fill(score == -math.inf, -1)
 
 
@@ -1510,36 +1563,39 @@ class GrowingRows:
     A tensor (B, n, ...) that grows along n as a list does, without copying what is there.
 
     Token by token, torch.cat would copy all of a long text each time. Here the rows are the start
-    of a buffer with room behind them. append writes into the room and returns new GrowingRows, on
-    the same buffer; these rows do not change. The buffer is handed on to the first who appends.
-    Whoever appends to the same rows a second time finds it gone, and copies.
+    of a buffer with room behind them. append writes into the room and returns new GrowingRows on
+    the same buffer; these rows do not change. The first append takes the buffer over. A second
+    append to the same rows finds none, and copies into a new one, twice as long as needed.
+
+    While autograd records, append is torch.cat.
     """
 
     def __init__(self, tensor: Tensor, buffer: Tensor | None = None):
         self.tensor = tensor
-        # At most one element. list.pop takes it in one atomic step: of several threads that go on
-        # from the same rows, one gets the buffer.
+        # One element at most. list.pop takes it in one atomic step: of several threads that
+        # continue from the same rows, only one gets the buffer.
         self.room = [] if buffer is None else [buffer]
 
     def append(self, new: Tensor) -> GrowingRows:
         """torch.cat([rows, new], dim=1) of new: (B, m, ...)."""
         old = self.tensor
-        end = old.shape[1] + new.shape[1]
+        n = old.shape[1]
+        end = n + new.shape[1]
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or new.dtype != old.dtype:
-            return GrowingRows(torch.cat([old, new], dim=1))  # a graph needs tensors of its own
+            return GrowingRows(torch.cat([old, new], dim=1))
 
         try:
             buffer = self.room.pop()
         except IndexError:
             buffer = None
-        # Outside of inference mode, what was made inside cannot be written.
-        usable = buffer is not None and buffer.is_inference() <= torch.is_inference_mode_enabled()
-        if buffer is None or not usable or buffer.shape[1] < end:
+        if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
+            buffer = None  # what was made in inference mode can be written only there
+        if buffer is None or buffer.shape[1] < end:
             buffer = old.new_empty(old.shape[0], 2 * end, *old.shape[2:])
-            buffer[:, : old.shape[1]] = old
-        # Through .data, for autograd would otherwise object to the change of a tensor that an
-        # earlier graph has saved. That graph has seen the rows before these alone.
-        buffer.data[:, old.shape[1] : end] = new
+            buffer[:, :n] = old
+        # An earlier graph may have saved the rows before these, and autograd would object to any
+        # change of their buffer. Through .data it does not see this one.
+        buffer.data[:, n:end] = new
         return GrowingRows(buffer[:, :end], buffer)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> GrowingRows:
@@ -1571,7 +1627,7 @@ def use_triton(can_run: str, x: Tensor, *sizes: int) -> bool:
         import kernels
     except ImportError:  # no Triton, or this file was copied alone
         return False
-    if not hasattr(kernels, can_run):  # a package of this name, there is one, and not our file
+    if not hasattr(kernels, can_run):  # some other package named kernels
         return False
     return getattr(kernels, can_run)(x, *sizes)
 
@@ -1600,6 +1656,7 @@ def at_least_one(name: str, value: int) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r:.60}")
 
 
+# for torch.load(weights_only=True) of a state
 torch.serialization.add_safe_globals(
     [State, LayerState, ResonaConfig, Memory, GrowingRows, IVFMemory, Lists]
 )
