@@ -108,7 +108,7 @@ def share_scored(branch: NotingQueries, memory: IVFMemory, q: Tensor) -> float:
     nlist = centroids.shape[1]
     _, probed = (q @ centroids.mT).topk(min(branch.nprobe, nlist))  # (1, L, nprobe)
     probed = F.pad(probed[0], (0, 1), value=nlist)  # and the outliers
-    sizes = memory.lists.member[0].bincount(minlength=nlist + 1)
+    sizes = memory.lists.member.tensor[0].bincount(minlength=nlist + 1)
     n_scored = nlist + sizes[probed].sum(1).float().mean().item()
     return n_scored / memory.c.tensor.shape[1]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from evidence.models import replace_branch
 from evidence.run import evaluate
 from evidence.tasks import Needle
-from resona import IVFMemory, IVFRetrieval, Memory, Resona, nearest
+from resona import GrowingRows, IVFMemory, IVFRetrieval, Memory, Resona, nearest
 
 NPROBE = (1, 4, 16, 64)
 
@@ -36,7 +36,8 @@ class WithoutOutliers(IVFRetrieval):
         if not isinstance(memory, IVFMemory) or memory.lists is None:
             return memory
         _, member = nearest(memory.c.tensor, memory.lists.centroids, 1)  # (B, M, 1)
-        return replace(memory, lists=replace(memory.lists, member=member.squeeze(2)))
+        lists = replace(memory.lists, member=GrowingRows(member.squeeze(2)))
+        return replace(memory, lists=lists)
 
 
 def without_outliers(model: Resona) -> Resona:

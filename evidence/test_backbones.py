@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import resona
 import train_toy
 from evidence import backbones
 from evidence.check_backbone import check_backbone
@@ -331,27 +330,3 @@ def test_training_compiles_without_a_graph_break(backbone):
         gradients.append([weight.grad.clone() for weight in model.parameters()])
     torch._dynamo.reset()
     assert_close(*gradients, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("loop", ["scan", "attend"])
-def test_a_second_derivative_is_refused_by_the_fast_loops_and_right_in_the_slow_ones(
-    loop, monkeypatch
-):
-    x = torch.rand(1, 5, 2, 2, dtype=torch.float64, requires_grad=True)
-    index = torch.tensor([[[0, -1], [0, 1], [1, 0], [1, 0], [0, 1]]])
-
-    def output(x):
-        if loop == "scan":
-            return resona.scan(x.flatten(2), x.flatten(2).square())
-        chunks = x[:, :4].unflatten(1, (2, 2))
-        score = x[..., 0].masked_fill(index < 0, -math.inf)
-        return resona.attend(x, chunks, chunks.square(), score, index)
-
-    one_line(
-        ValueError,
-        lambda: torch.autograd.grad(output(x).sum(), x, create_graph=True),
-        "create_graph",
-        "naive",
-    )
-    monkeypatch.setattr(resona, "BACKEND", "naive")
-    assert torch.autograd.gradgradcheck(output, x)

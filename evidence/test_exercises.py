@@ -198,7 +198,7 @@ def test_exercise_3_a_reversed_string():
     for name, branch in (("as it is", Retrieval), ("backwards", Backwards)):
         model = new_model()
         replace_branch(model.layers[0], branch)
-        fit(model, partial(strings, string=reversed_string), 6e-3, steps=120)
+        fit(model, partial(strings, string=reversed_string), 1e-2, steps=100)
         right[name] = {n: copied(model, n, reversed_string) for n in (16, 32, 128)}
         print(f"\n{name}: {right[name]}", end="")
         assert laws(model) == (True, True)
