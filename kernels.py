@@ -11,13 +11,14 @@ Triton and nothing of this project; resona.py imports it where it uses it.
     3. the search                             6. does it work on this GPU?
 
 Letters: B batch, L length, D width, M chunks, U tokens a chunk, K retrieved chunks, S search width.
-A tile is what a program holds in registers at one time; a block is a stretch of a scan.
+A tile is what a program holds in registers at one time; its sizes are called BLOCK_D, BLOCK_Q, ...,
+as in Triton's tutorials. A block is a stretch of a scan.
 
-Performance. Nothing here has been timed on a GPU yet; what follows is counted. The scan does two
-operations for every number it moves, so memory limits it. In float32 it moves 12 bytes an element
-forward (read a and b, write h) and 20 backward (read a, h and dh, write da and db). In blocks, it
-reads two of its inputs twice: 20 and 28 bytes. A search that writes its scores moves 8 bytes for
-each pair of query and chunk; this one keeps scores in registers and writes the winners alone.
+Performance. Nothing here has been timed on a GPU yet; what follows is counted. The scan does less
+than one operation for every number it moves, so memory limits it. In float32 it moves 12 bytes an
+element forward (read a and b, write h) and 20 backward (read a, h and dh, write da and db). In
+blocks, it reads two of its inputs twice: 20 and 28 bytes. A search that writes its scores moves 8
+bytes for each pair of query and chunk; this one keeps scores in registers and writes the winners.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CP
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 TILE_T = 16         # scan: steps in a tile
-MIN_BLOCK = 256     # scan: steps in a block, at least
+MIN_BLOCK = 256     # scan: steps in a block, about, at least
 TILE_Q = 64         # search: queries in a tile
 TILE_M = 64         # search: chunks in a tile
-MIN_PROGRAMS = 256  # so many keep a GPU busy; with fewer, a scan or a search is cut into parts
+MIN_PROGRAMS = 256  # a guess at what keeps a GPU busy; with fewer, the work is cut into parts
 
 MAX_BATCH = 65535   # CUDA's limit for the last axis of a grid
 MAX_TOP_K = 64      # the search keeps its winners in registers
@@ -112,10 +113,10 @@ def scan_backward_kernel(
     carry = tl.load(start_ptr + offs_start, mask=mask, other=0.0)
 
     end = tl.minimum((i_block + 1) * block_size, L)
-    for start in range(i_block * block_size, end, TILE):
-        t = L - 1 - start
+    for n_done in range(i_block * block_size, end, TILE):
+        t = L - 1 - n_done
         offs = (batch * L + t) * D + offs_d
-        n_rows = tl.where(mask, end - start, 0)
+        n_rows = tl.where(mask, end - n_done, 0)
         a = load_tile(a_ptr + offs, n_rows, -D, TILE, other=1.0)  # after step 0, carry stays
         dh = load_tile(dh_ptr + offs, n_rows, -D, TILE)
         h_before = load_tile(h_ptr + offs - D, tl.minimum(n_rows, t), -D, TILE)
@@ -181,8 +182,8 @@ def backward_summary_kernel(
 
     product = tl.full([BLOCK_D], 1.0, tl.float32)
     state = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(i_block * block_size, (i_block + 1) * block_size, TILE):
-        offs = (batch * L + L - 1 - start) * D + offs_d
+    for n_done in range(i_block * block_size, (i_block + 1) * block_size, TILE):
+        offs = (batch * L + L - 1 - n_done) * D + offs_d
         a = load_tile(a_ptr + offs, n_rows, -D, TILE)
         dh = load_tile(dh_ptr + offs, n_rows, -D, TILE)
         for i in tl.static_range(TILE):
@@ -352,8 +353,8 @@ def search_kernel(
 
     c_row = c_ptr + batch * stride_c
     end = tl.minimum(tl.max(n_visible), (part + 1) * span)
-    for start in range(part * span, end, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
+    for first in range(part * span, end, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
         score = tile_scores(q, c_row, m, offs_s, M, S, n_visible, PRECISION)
         if any_of(tl.max(score, axis=1) > worst_score):  # most tiles of a long text have no better
             best = insert(best, pack(score, m[None, :] ^ LOW_31))
@@ -392,7 +393,7 @@ def dot_precision(q: Tensor, c: Tensor) -> str:
         return "ieee"  # AMD's have no tf32
     if q.element_size() == c.element_size() == 2:
         return "tf32"  # holds 16-bit numbers exactly
-    return "tf32x3"    # in three parts, as exact as float32
+    return "tf32x3"    # two parts of each number, three products: nearly as exact as float32
 
 
 def cut_into_parts(programs: int, M: int, block_m: int, slots: int) -> tuple[int, int]:
@@ -440,16 +441,15 @@ def search_forward(
 
 def search_backward(q: Tensor, c: Tensor, index: Tensor, dscore: Tensor) -> tuple[Tensor, Tensor]:
     """score = q · c[index], so only the chosen chunks have a gradient, and no kernel is needed."""
-    B, L, K = index.shape
-    S = q.shape[2]
+    B = len(q)
     if c.shape[1] == 0:
         return torch.zeros_like(q), torch.zeros_like(c)
-    dscore = dscore.masked_fill(index < 0, 0).unsqueeze(-1)                    # (B, L, K, 1)
-    rows = index.clamp(min=0).view(B, L * K, 1).expand(-1, -1, S)              # (B, L * K, S)
-    chosen = c.gather(1, rows).view(B, L, K, S)
-    dq = (dscore * chosen).sum(2)
+    dscore = dscore.masked_fill(index < 0, 0).unsqueeze(-1)  # (B, L, K, 1)
+    batch = torch.arange(B, device=q.device).view(B, 1, 1)
+    chunk = index.clamp(min=0)
+    dq = (dscore * c[batch, chunk]).sum(2)
     dc = torch.zeros_like(c, dtype=torch.float32)
-    dc = dc.scatter_add(1, rows, (dscore * q.unsqueeze(2)).view(B, L * K, S))
+    dc = dc.index_put((batch, chunk), dscore * q.unsqueeze(2).float(), accumulate=True)
     return dq.to(q.dtype), dc.to(c.dtype)
 
 
@@ -585,7 +585,7 @@ def check_supported(*tensors: Tensor) -> None:
     for x in tensors:
         if not supported(x):
             raise NotImplementedError(
-                "the Triton kernels need a GPU, at most 32 bits a number and at most "
+                "the Triton kernels need a GPU, float32, float16 or bfloat16 and at most "
                 f"{MAX_BATCH} rows, got {x.dtype} on {x.device}, {x.shape[0]} rows"
             )
 
@@ -597,41 +597,45 @@ def check_supported(*tensors: Tensor) -> None:
 # before their first use on a device the kernels must give what plain PyTorch gives, values and
 # gradients, on an input with several blocks, tiles that are not full, and empty slots.
 
-def can_scan(b: Tensor) -> bool:
-    """May resona.py choose `scan` for this b? A GPU, the sizes, and it works there."""
-    return b.is_cuda and supported(b) and works(check_scan, b.device, b.dtype)
-
-
-def can_search(q: Tensor, top_k: int) -> bool:
-    """May resona.py choose `search` for this q? A GPU, the sizes, and it works there."""
-    if not (q.is_cuda and supported(q) and top_k <= MAX_TOP_K and q.shape[2] <= MAX_S):
+def can_scan(a: Tensor, b: Tensor) -> bool:
+    """May resona.py choose `scan` for these? A GPU, the sizes, and it works there."""
+    if not (b.is_cuda and supported(a) and supported(b)):
         return False
-    return works(check_search, q.device, q.dtype)
+    return works(selftest_scan, b.device, b.dtype)
+
+
+def can_search(q: Tensor, c: Tensor, top_k: int) -> bool:
+    """May resona.py choose `search` for these? A GPU, the sizes, and it works there."""
+    if not (q.is_cuda and supported(q) and supported(c)):
+        return False
+    if top_k > MAX_TOP_K or q.shape[2] > MAX_S:
+        return False
+    return works(selftest_search, q.device, q.dtype)
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks, and does not look inside
-def works(check: Callable, device: torch.device, dtype: torch.dtype) -> bool:
-    return works_once(check, device, dtype)
+def works(selftest: Callable, device: torch.device, dtype: torch.dtype) -> bool:
+    return works_once(selftest, device, dtype)
 
 
 @cache
-def works_once(check: Callable, device: torch.device, dtype: torch.dtype) -> bool:
-    """Does the check pass? Asked once in a process; if not, it warns and PyTorch is used.
+def works_once(selftest: Callable, device: torch.device, dtype: torch.dtype) -> bool:
+    """Does the test pass? Asked once in a process; if not, it warns and PyTorch is used.
 
     It runs in a thread of its own, which has none of the caller's modes: autocast, no_grad,
     inference_mode, checkpoint, torch.func and so on.
     """
     try:
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(check, device, dtype).result()
+            thread.submit(selftest, device, dtype).result()
     except Exception as error:  # a compiler has many kinds
         reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"Triton is not used, {check.__name__} failed: {reason}", stacklevel=2)
+        warnings.warn(f"Triton is not used, {selftest.__name__} failed: {reason}", stacklevel=2)
         return False
     return True
 
 
-def check_scan(device: torch.device, dtype: torch.dtype) -> None:
+def selftest_scan(device: torch.device, dtype: torch.dtype) -> None:
     L = 2 * MIN_BLOCK + 2 * TILE_T + 3  # three blocks
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(3, 2, L, 45, generator=generator).to(device)
@@ -646,7 +650,7 @@ def check_scan(device: torch.device, dtype: torch.dtype) -> None:
     assert_same(scan(a, b, h0), torch.stack(expected, dim=1), {"a": a, "b": b, "h0": h0})
 
 
-def check_search(device: torch.device, dtype: torch.dtype) -> None:
+def selftest_search(device: torch.device, dtype: torch.dtype) -> None:
     B = MIN_PROGRAMS // 40
     L = 8 * TILE_Q + 9
     M = 4 * TILE_M + 1  # three parts, of two tiles, two, and one

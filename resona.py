@@ -29,13 +29,14 @@ Letters. The paper's k, U and α are our K, U and α; the other letters are ours
 (In SelectiveSSM the letters A, B, C, D and Δ are Mamba's.)
 
 What it costs, per layer and text. A recurrence keeps D numbers (SSM: D·N), whatever the length. The
-branch keeps 2·D + S/U numbers per token read. At position p it costs about p/U·S multiplications
-for the search and 2·K·U·D for the attention, where full attention costs 2·p·D; projections and MLPs
-do not depend on p. So to read a whole text is still quadratic in its length, at S / (2·D·U) of the
-cost of full attention: 1/16 with the defaults.
+branch keeps 2·D + S/U numbers per token read (and room to grow, up to as much again). At position p
+it costs about p/U·S multiplications for the search and 2·K·U·D for the attention, where full
+attention costs 2·p·D; projections and MLPs do not depend on p. So to read a whole text is still
+quadratic in its length, at S / (2·D·U) of the cost of full attention: 1/16 with the defaults.
 
-How to read this file. The model comes first, from the config down to the two recurrences. You can
-stop there: that is the method. The three operations that it calls follow: scan, search and attend.
+How to read this file. The model comes first, from the config down to the two recurrences. If you
+stop there, you have seen the whole method. The operations that it calls follow: scan, search and
+attend.
 Each has a definition, a loop that is obviously right (naive), and a parallel version, which the
 tests check against the loop. Then come approximate search and a tensor that grows. Triton versions
 of scan and search are in kernels.py.
@@ -48,16 +49,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
+
+Function = TypeVar("Function", bound=Callable)
 
 # Which version of scan, search and attend runs:
 #   "auto"    scan and search in Triton on a GPU where that works, everything else in PyTorch
-#   "naive"   the loops: slow and obviously right
+#   "naive"   the loops: slow and obviously right (approximate search has none)
 #   "torch"   the parallel versions in PyTorch
 #   "triton"  scan and search in Triton, or an error; attend in PyTorch
 BACKEND = "auto"
@@ -69,7 +72,7 @@ BACKEND = "auto"
 
 @dataclass(frozen=True)
 class ResonaConfig:
-    """Everything that shapes a model. Raises ValueError that names the bad field."""
+    """Everything that shapes a model. Raises a ValueError that names the bad field."""
 
     vocab_size: int
     d_model: int = 64  # D
@@ -78,7 +81,7 @@ class ResonaConfig:
     backbone: str | Callable[[int], nn.Module] = "gated"  # in BACKBONES, or d_model -> module
     retrieval: bool | list[int] | tuple[int, ...] = True  # layers with the branch: all, none, these
     chunk_size: int = 4  # U
-    top_k: int = 4  # K; a call may ask for another
+    top_k: int = 4  # K, 2 at least to train the search; a call may ask for another
     d_search: int = 32  # S
     d_conv: int = 4  # W
     d_ff: int = 128  # hidden width of the MLP
@@ -203,8 +206,8 @@ class Resona(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                p = (logits[:, 0] / temperature).softmax(-1)
-                token = torch.multinomial(p, num_samples=1, generator=generator)
+                probs = (logits[:, 0] / temperature).softmax(-1)
+                token = torch.multinomial(probs, num_samples=1, generator=generator)
             if stop is not None:
                 token = token.masked_fill(stopped, stop)
                 stopped = stopped | (token == stop)
@@ -240,9 +243,12 @@ class Resona(nn.Module):
         """
         Read what save wrote, in the dtype it had. No code in the file is run.
 
-        changes: fields of the config that shape no weight, as in load("model.pt", top_k=16).
-        Raises ValueError if the file is missing, damaged, or does not fit this version.
+        changes: top_k, search, nlist or nprobe, as in load("model.pt", top_k=16). Raises ValueError
+        if the file is missing, damaged, or does not fit this version.
         """
+        for name in changes:
+            if name not in ("top_k", "search", "nlist", "nprobe"):
+                raise ValueError(f"load can change top_k, search, nlist and nprobe, not {name}")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             config = ResonaConfig(**{**saved["config"], **changes})
@@ -290,6 +296,8 @@ class Layer(nn.Module):
         self.norm_mlp = nn.RMSNorm(D)
         self.conv = ShortConv(D, config.d_conv)
         self.backbone = make_backbone(config)
+        if isinstance(self.backbone, nn.RNNBase) and not self.backbone.batch_first:
+            raise ValueError("the backbone must be made with batch_first=True")
         self.retrieval = make_retrieval(config) if retrieval else None
         self.mlp = nn.Sequential(nn.Linear(D, config.d_ff), nn.SiLU(), nn.Linear(config.d_ff, D))
         # nn.GRU and its relatives have the batch in the second dimension of their states.
@@ -368,7 +376,8 @@ class State:
     """
     All that a model keeps of what it has read, one text per row of the batch.
 
-    No call modifies it. It can be saved with torch.save and loaded with weights_only=True.
+    No call modifies it. It can be saved with torch.save and loaded with weights_only=True (if the
+    backbone in its config is a name).
     """
 
     config: ResonaConfig
@@ -380,6 +389,7 @@ class State:
 
         For beam search, to sample one prompt several times, or to drop texts that are finished.
         """
+        rows = torch.as_tensor(rows)
         layers = [layer.select(rows) for layer in self.layers]
         return State(self.config, layers)
 
@@ -407,10 +417,18 @@ class LayerState:
     batch_dim: int  # the dimension of the tensors in recurrent that is the batch
 
     def select(self, rows: Tensor) -> LayerState:
-        return self.map(
-            lambda x: x.index_select(0, rows.to(x.device)),
-            lambda x: x.index_select(self.batch_dim, rows.to(x.device)),
-        )
+        def first(x: Tensor) -> Tensor:
+            return x.index_select(0, rows.to(x.device))
+
+        def of_recurrent(x: Tensor) -> Tensor:
+            if x.ndim <= self.batch_dim or x.shape[self.batch_dim] != self.conv.shape[0]:
+                raise ValueError(
+                    f"the backbone's state must have the batch, {self.conv.shape[0]} rows, in "
+                    f"dimension {self.batch_dim}, got {list(x.shape)}"
+                )
+            return x.index_select(self.batch_dim, rows.to(x.device))
+
+        return self.map(first, of_recurrent)
 
     def map(
         self, function: Callable[[Tensor], Tensor], on_recurrent: Callable[[Tensor], Tensor]
@@ -425,12 +443,21 @@ class LayerState:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply function to every tensor in tuples, lists, dicts, and the classes that have a map."""
+    """Apply function to every tensor in tuples, lists, dicts, and objects with a method map."""
 
-    def apply(x: Tensor | GrowingRows | Memory | Lists) -> Any:
-        return function(x) if isinstance(x, Tensor) else x.map(function)
+    def apply(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return function(x)
+        if hasattr(x, "map"):  # Memory, GrowingRows, Lists, or an object of the backbone's
+            return x.map(function)
+        if x is None or isinstance(x, (bool, int, float, str)):
+            return x
+        raise ValueError(
+            "a backbone's state must consist of tensors in tuples, lists and dicts, or have a "
+            f"method map(function) for the tensors in it, got {type(x).__name__}"
+        )
 
-    return tree_map_only((Tensor, GrowingRows, Memory, Lists), apply, tree)
+    return tree_map(apply, tree)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -487,7 +514,7 @@ class Retrieval(nn.Module):
         check_retrieval(d_model, n_head, chunk_size, top_k, d_search)
         self.n_head = n_head
         self.chunk_size = chunk_size
-        self.top_k = top_k  # may be changed between calls
+        self.top_k = top_k
 
         # search
         self.search_q_proj = nn.Linear(2 * d_model, d_search, bias=False)
@@ -518,7 +545,7 @@ class Retrieval(nn.Module):
         if top_k is None:
             top_k = self.top_k
         at_least_one("top_k", top_k)
-        B, L, D = z.shape
+        L = z.shape[1]
         yu = torch.cat([y, u], dim=-1)  # (B, L, 2D)
 
         # 1. remember these tokens before the search, which hides what a token may not see
@@ -620,10 +647,10 @@ class ChunkEncoder(nn.Module):
     The sum over the tokens j of the chunk treats them alike, so that it is learned early; the MLP
     adds what depends on their order.
 
-    Keys are made from u alone, not from y. y holds all that was read so far, so the same tokens
-    would get a different key at every position, and on texts longer than those of training keys
-    would drift away from all that the search has learned. A query may contain y: if it drifts, it
-    is at least compared with keys that do not.
+    Keys are made from u alone, not from this layer's y. y holds all that was read so far, so the
+    same tokens would get a different key at every position, and on texts longer than those of
+    training keys would drift away from all that the search has learned. A query may contain y: if
+    it drifts, it is at least compared with keys that do not.
     """
 
     def __init__(self, d_model: int, chunk_size: int, d_search: int):
@@ -655,10 +682,10 @@ class ChunkEncoder(nn.Module):
 
 class GatedRecurrence(nn.Module):
     """
-    h[t] = a[t]·h[t-1] + (1-a[t])·v[t]    and y[t] = out_proj(h[t]·silu(g[t]))
+    h[t] = a[t]·h[t-1] + (1-a[t])·new[t]    and y[t] = out_proj(h[t]·silu(g[t]))
 
-    with a = sigmoid(linear(u)), and v and g linear in u. Every channel is a moving average of v;
-    how fast it forgets is decided by the token.
+    with a = sigmoid(linear(u)), and new and g linear in u. Every channel is a moving average; how
+    fast it forgets is decided by the token.
     """
 
     def __init__(self, d_model: int):
@@ -669,9 +696,9 @@ class GatedRecurrence(nn.Module):
             self.in_proj.bias[:d_model] = torch.linspace(0, 4, d_model)
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        a, v, g = self.in_proj(u).chunk(3, dim=-1)  # (B, L, D) each
+        a, new, g = self.in_proj(u).chunk(3, dim=-1)  # (B, L, D) each
         a = torch.sigmoid(a)
-        h = scan(a, v - a * v, h0)  # (B, L, D)
+        h = scan(a, new - a * new, h0)  # (B, L, D)
         return self.out_proj(h * F.silu(g)), h[:, -1].clone()
 
 
@@ -691,6 +718,9 @@ class SelectiveSSM(nn.Module):
     a = exp(Δ·A) and b = Δ·B·u, and the same scan computes it, over D·N channels. Selective means
     that Δ, B and C are computed from the token: with a large Δ the layer forgets and writes, with
     a small one it skips the token.
+
+    Mamba's block has besides: twice as many inner channels, a Δ of low rank, and a convolution,
+    which our Layer has.
     """
 
     def __init__(self, d_model: int, d_state: int = 16):
@@ -723,7 +753,7 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "s
 # This is the whole method. What follows are the three operations that it calls.
 
 
-def opaque(shape_of_result: Callable[..., Any]) -> Callable[[Callable], Callable]:
+def opaque(shape_of_result: Callable[..., Any]) -> Callable[[Function], Function]:
     """
     A decorator for the parallel loops below: torch.compile runs the function as it is, and does not
     unroll its loops. Not needed to understand them.
@@ -732,10 +762,10 @@ def opaque(shape_of_result: Callable[..., Any]) -> Callable[[Callable], Callable
     function has no gradient of its own; the autograd functions that call it have.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Function) -> Function:
         op = torch.library.custom_op(f"resona::{function.__name__}", function, mutates_args=())
         op.register_fake(shape_of_result)
-        return op
+        return cast(Function, op)
 
     return decorate
 
@@ -748,16 +778,15 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """
     h[:, t] = a[:, t]·h[:, t-1] + b[:, t], each channel by itself. The final state is h[:, -1].
 
-    a, b: (B, L, D), L >= 1, with |a| <= 1, as h might overflow otherwise; h0: (B, D) or zero
+    a, b: (B, L, D), L >= 1, |a| <= 1 (else products of a may overflow to NaN); h0: (B, D) or zero
     -> h: (B, L, D) in the dtype of b, carried in float32 at least within a call. Raises ValueError
     on shapes that do not fit.
     """
     check_backend()
     if BACKEND == "naive":
         return scan_naive(a, b, h0)
-    if BACKEND == "triton" or use_triton("can_scan", b):
-        import kernels
-
+    kernels = import_kernels(b)
+    if kernels is not None and (BACKEND == "triton" or kernels.can_scan(a, b)):
         return kernels.scan(a, b, h0)
     return scan_parallel(a, b, h0)
 
@@ -908,7 +937,7 @@ def scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = F
     for a_t, b_t, out_t in zip(a_steps, b_steps, out_steps, strict=True):
         h_t = torch.addcmul(b_t, a_t, h_t, out=out_t)
 
-    # the steps left over
+    # 4. the steps left over
     for t in rest:
         h = torch.addcmul(b[:, t], a[:, t], h, out=out[:, t])
 
@@ -950,10 +979,8 @@ def search(
     check_backend()
     if BACKEND == "naive":
         return search_naive(q, c, top_k, chunk_size, offset)
-    if BACKEND == "triton" or use_triton("can_search", q, top_k):
-        import kernels
-
-        check_search(q, c, top_k, chunk_size, offset)
+    kernels = import_kernels(q)
+    if kernels is not None and (BACKEND == "triton" or kernels.can_search(q, c, top_k)):
         return kernels.search(q, c, top_k, chunk_size, offset)
     return search_parallel(q, c, top_k, chunk_size, offset)
 
@@ -1120,8 +1147,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Ten
     check_backend()
     if BACKEND == "naive":
         return attend_naive(q, k, v, score, index)
-    decoding = q.shape[0] * q.shape[1] <= 64 and not torch.is_grad_enabled()
-    if decoding or q.device.type != "cpu":
+    few_queries = q.shape[0] * q.shape[1] <= 64 and not torch.is_grad_enabled()  # decoding
+    if few_queries or q.device.type != "cpu":
         return attend_gathered(q, k, v, score, index)
     return attend_parallel(q, k, v, score, index)
 
@@ -1147,8 +1174,8 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     """
     The same with a copy of the keys and values that each query retrieved, and PyTorch's attention.
 
-    It has the fewest operations, so it is used for decoding and on GPUs. The two copies are K·U
-    times as large as q.
+    It has the fewest operations, so it is used for decoding and on GPUs. Each of the two copies is
+    K·U times as large as q.
     """
     B, L, H, E = q.shape
     if k.shape[1] == 0:
@@ -1411,7 +1438,9 @@ class IVFRetrieval(Retrieval):
     would probably not probe that list. Rare content is often what is looked up. So such outliers
     have a list of their own, which every query searches.
 
-    It is made for CPUs: on a GPU it would wait at every list.
+    The cost: nlist products, then those of the chunks probed, and a look at the list number of
+    every chunk. It is made for CPUs: a GPU would have to wait at every list. It needs float64,
+    which Apple's MPS lacks.
     """
 
     def __init__(self, *sizes: Any, nlist: int = 512, nprobe: int = 40, **options: Any):
@@ -1419,7 +1448,7 @@ class IVFRetrieval(Retrieval):
         at_least_one("nlist", nlist)
         at_least_one("nprobe", nprobe)
         self.nlist = nlist
-        self.nprobe = nprobe  # may be changed between calls
+        self.nprobe = nprobe
 
     def remember(self, z: Tensor, u: Tensor, memory: Memory | None) -> Memory:
         memory = super().remember(z, u, memory)
@@ -1619,17 +1648,20 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
-def use_triton(can_run: str, x: Tensor, *sizes: int) -> bool:
-    """With BACKEND "auto": is x on a GPU, and can kernels.py do this there?"""
-    if BACKEND != "auto" or not x.is_cuda:
-        return False
+def import_kernels(x: Tensor) -> Any:
+    """The module kernels, if BACKEND allows it for a tensor on this device, and it is there."""
+    if BACKEND == "torch" or (BACKEND == "auto" and not x.is_cuda):
+        return None
     try:
         import kernels
-    except ImportError:  # no Triton, or this file was copied alone
-        return False
-    if not hasattr(kernels, can_run):  # some other package named kernels
-        return False
-    return getattr(kernels, can_run)(x, *sizes)
+
+        if not hasattr(kernels, "can_scan"):
+            raise ImportError(f"{kernels.__file__} is another package, not resona's kernels.py")
+    except ImportError:  # also if there is no Triton, or resona.py was copied alone
+        if BACKEND == "triton":
+            raise
+        return None
+    return kernels
 
 
 def check_backend() -> None:

@@ -258,7 +258,7 @@ def test_what_the_kernels_cannot_do_is_refused(monkeypatch):
     x = x.cpu()
     one_line(NotImplementedError, lambda: kernels.scan(x, x), "need a GPU", "cpu")
     one_line(NotImplementedError, lambda: kernels.search(x, x, 1, 1), "need a GPU", "cpu")
-    assert not kernels.can_scan(x) and not kernels.can_search(x, 1)
+    assert not kernels.can_scan(x, x) and not kernels.can_search(x, x, 1)
 
 
 def test_without_triton_the_kernels_cannot_be_imported_and_the_model_runs(monkeypatch):
@@ -313,13 +313,13 @@ def test_the_self_check_refuses_a_broken_kernel(fault, tmp_path):
     programs = 80 if "view" in fault else 40  # two rows of the batch, or one
     module = changed_kernels(tmp_path, BROKEN[fault], programs)
     number = list(BROKEN).index(fault)
-    check = module.check_scan if number < 7 else module.check_search
+    check = module.selftest_scan if number < 7 else module.selftest_search
     with pytest.warns(UserWarning, match="Triton is not used"):
         assert not module.works(check, torch.device(DEVICE), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * GPU, ids=str)
-@pytest.mark.parametrize("check", ["check_scan", "check_search"])
+@pytest.mark.parametrize("check", ["selftest_scan", "selftest_search"])
 def test_the_self_check_accepts_16_bits(check, dtype, recwarn):
     works = kernels.works_once.__wrapped__(getattr(kernels, check), torch.device(DEVICE), dtype)
     assert works, [str(warning.message) for warning in recwarn]
