@@ -155,8 +155,9 @@ class Resona(nn.Module):
         do not fit.
         """
         self.check_call(tokens, state)
-        if state is not None and torch.is_grad_enabled() and state.layers[0].conv.is_inference():
-            state = state.map(torch.clone)  # autograd cannot save tensors made in inference mode
+        if state is not None and torch.is_grad_enabled():
+            # Autograd cannot save tensors that were made in inference mode.
+            state = state.map(lambda x: x.clone() if x.is_inference() else x)
         try:
             x = self.embedding(tokens)  # (B, L, D)
         except IndexError as error:  # on a CPU. A GPU stops with an error of its own.
@@ -563,6 +564,9 @@ class Retrieval(nn.Module):
         q = self.q_proj(yu).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         o = attend(q, memory.k.tensor, memory.v.tensor, score, index)  # (B, L, H, E)
         r = self.o_proj(o.flatten(2))  # (B, L, D)
+        if M == 0:  # gradients of zero instead of none, for which DistributedDataParallel waits
+            unused = (search_q, q, memory.c.tensor, memory.k.tensor, memory.v.tensor)
+            r = r + 0 * sum(x.sum() for x in unused)
 
         # 4. mix
         alpha = torch.sigmoid(self.alpha_proj(yu))  # (B, L, 1)
