@@ -731,12 +731,14 @@ def test_the_search_learns_from_the_loss(search, few_chunks_make_lists):
             assert parameter.grad.abs().max() > 1e-8
 
 
-def test_the_loss_reaches_every_parameter():
+@pytest.mark.parametrize("length", [3, 30])
+def test_the_loss_reaches_every_parameter(length):
+    """With zeros from a row without a finished chunk: for none, other processes would wait."""
     model = small_model()
-    next_token_loss(model, random_tokens(1, 30)).backward()
+    next_token_loss(model, random_tokens(1, length)).backward()
     for name, parameter in parameters(model).items():
         assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
+        assert length == 3 or parameter.grad.abs().max() > 0, name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -958,7 +960,7 @@ def test_rows_of_a_state_can_be_selected(case, few_chunks_make_lists):
     tokens = random_tokens(3, 30)
     whole, _ = model(tokens)
     _, state = model(tokens[:, :18])
-    for rows in (torch.tensor([2, 0, 2, 1]), torch.tensor([1])):
+    for rows in (torch.tensor([2, 0, 2, 1]), torch.tensor([1]), [0, 2]):
         selected = state.select(rows)
         logits, _ = model(tokens[rows, 18:], selected)
         assert_close(logits, whole[rows, 18:], rtol=0, atol=1e-9)
@@ -1212,8 +1214,8 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
     assert not path.exists()
     small_model().save(path)
     one_line(ValueError, lambda: Resona.load(path, top_k=0), "m.pt", "top_k")
-    one_line(ValueError, lambda: Resona.load(path, d_model=32), "m.pt", "size mismatch")
-    one_line(ValueError, lambda: Resona.load(path, colour=3), "m.pt", "colour")
+    one_line(ValueError, lambda: Resona.load(path, d_model=32), "top_k", "not d_model")
+    one_line(ValueError, lambda: Resona.load(path, colour=3), "top_k", "not colour")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1297,6 +1299,29 @@ def test_bad_calls_are_refused():
     one_line(ValueError, lambda: doubles_the_width(TOKENS), "[2, 3, 16]", "[2, 3, 32]")
     z, u, y = branch_inputs(L=5)
     one_line(ValueError, lambda: Retrieval(16)(z, u, y[:, :4]), "[2, 5, 16]", "[2, 4, 16]")
+
+
+class Running(nn.Module):
+    """The running sum of its inputs, whose state is made by a function of that sum."""
+
+    def __init__(self, make_state):
+        super().__init__()
+        self.make_state = make_state
+
+    def forward(self, u, state=None):
+        h = u.cumsum(1)
+        return h, self.make_state(h[:, -1])
+
+
+def test_a_backbone_whose_state_cannot_be_handled_is_refused():
+    rows = torch.tensor([1, 0])
+    without_batch = small_model(lambda d: Running(lambda h: h.sum()))
+    _, state = without_batch(TOKENS)
+    one_line(ValueError, lambda: state.select(rows), "batch", "2 rows", "[]")
+    an_object = small_model(lambda d: Running(lambda h: object()))
+    one_line(ValueError, lambda: an_object(TOKENS)[1].detach(), "state", "map", "object")
+    batch_second = partial(small_model, lambda d: nn.GRU(d, d))
+    one_line(ValueError, batch_second, "backbone", "batch_first=True")
 
 
 def test_a_state_that_does_not_fit_is_refused():
@@ -1407,8 +1432,7 @@ def test_resona_py_works_alone_in_a_folder(neighbour, tmp_path):
         assert model.generate(tokens, 2).shape == (1, 11)
         with FakeTensorMode():  # a tensor on a GPU that need not be there
             x = torch.empty(1, 5, 2, device="cuda")
-            assert not resona.use_triton("can_scan", x)
-            assert not resona.use_triton("can_search", x, 4)
+            assert resona.import_kernels(x) is None
     """
     done = python("-c", program, folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -1880,20 +1904,20 @@ def changed_kernels(tmp_path, line, replacement) -> Any:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "check, line, replacement",
+    "selftest, line, replacement",
     [
-        ("check_scan", "h_ptr + offs - D", "h_ptr + offs"),  # h[t] in place of h[t-1]
-        ("check_scan", "mask = offs_d < D", "mask = offs_d < D - 1"),
-        ("check_search", "(offset + offs_t", "(offs_t"),
-        ("check_search", "while any_of(", "if any_of("),  # one winner of a tile
+        ("selftest_scan", "h_ptr + offs - D", "h_ptr + offs"),  # h[t] in place of h[t-1]
+        ("selftest_scan", "mask = offs_d < D", "mask = offs_d < D - 1"),
+        ("selftest_search", "(offset + offs_t", "(offs_t"),
+        ("selftest_search", "while any_of(", "if any_of("),  # one winner of a tile
     ],
 )
-def test_the_self_check_refuses_a_broken_kernel(check, line, replacement, tmp_path):
+def test_the_selftest_refuses_a_broken_kernel(selftest, line, replacement, tmp_path):
     device = torch.device(DEVICE)
     module = changed_kernels(tmp_path, line, replacement)
-    with pytest.warns(UserWarning, match=f"Triton is not used, {check} failed: ") as warned:
-        assert not module.works(getattr(module, check), device, torch.float32)
-        assert not module.works(getattr(module, check), device, torch.float32)
+    with pytest.warns(UserWarning, match=f"Triton is not used, {selftest} failed: ") as warned:
+        assert not module.works(getattr(module, selftest), device, torch.float32)
+        assert not module.works(getattr(module, selftest), device, torch.float32)
     assert len(warned) == 1  # asked once
     message = str(warned[0].message)
     assert "\n" not in message
@@ -1901,11 +1925,11 @@ def test_the_self_check_refuses_a_broken_kernel(check, line, replacement, tmp_pa
 
 
 @needs_triton
-@pytest.mark.parametrize("check", ["check_scan", "check_search"])
-def test_the_self_check_accepts_the_kernels(check, small_tiles, recwarn):
+@pytest.mark.parametrize("selftest", ["selftest_scan", "selftest_search"])
+def test_the_selftest_accepts_the_kernels(selftest, small_tiles, recwarn):
     ask = kernels.works_once.__wrapped__  # without the cache
     with torch.inference_mode(), torch.autocast(DEVICE, dtype=torch.bfloat16):  # the first use
-        works = ask(getattr(kernels, check), torch.device(DEVICE), torch.float32)
+        works = ask(getattr(kernels, selftest), torch.device(DEVICE), torch.float32)
     assert works, [str(warning.message) for warning in recwarn]
 
 
@@ -1991,12 +2015,13 @@ def test_the_models_have_equal_parameters(backbone):
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 30, 400])
 def test_the_learning_rate_reaches_its_peak_and_ends_near_zero(steps):
     rates = [train_toy.learning_rate(step, steps, 3e-3) for step in range(steps)]
-    assert max(rates) == 3e-3 and min(rates) > 0
-    top = rates.index(3e-3)
-    assert top <= train_toy.WARMUP
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert train_toy.learning_rate(steps, steps, 3e-3) == 0
+    at_the_peak = [step for step in range(steps) if rates[step] == 3e-3]
+    first = at_the_peak[0]
+    last = at_the_peak[-1]
+    assert first <= train_toy.WARMUP
+    assert last <= first + 1
+    np.testing.assert_allclose(rates[: first + 1], np.linspace(0, 3e-3, first + 2)[1:])
+    np.testing.assert_allclose(rates[last:], np.linspace(3e-3, 0, steps - last + 1)[:-1])
 
 
 def test_resona_learns_to_copy_and_shows_what_it_retrieved(tmp_path, capsys):
@@ -2019,18 +2044,42 @@ def test_resona_learns_to_copy_and_shows_what_it_retrieved(tmp_path, capsys):
     assert n_capitals >= 10
 
 
-def test_the_sample_marks_wrong_letters(monkeypatch):
-    """Of a model that writes what it is told to."""
+def parrot(written, monkeypatch):
+    """A model that writes what it is told to after $cat|, and retrieves what is set out here."""
+    model = Resona(ResonaConfig(30, chunk_size=2))
 
     def generate(prompt, n):
         assert train_toy.letters_of(prompt[0].tolist()) == "$cat|"
         assert n == 4
-        return torch.cat([prompt, torch.tensor([[2, 1, 19, 25]])], dim=1)
+        return torch.cat([prompt, torch.tensor([written])], dim=1)
 
-    parrot = Resona(ResonaConfig(30, retrieval=False))
-    monkeypatch.setattr(parrot, "generate", generate)
-    lines = train_toy.sample_lines("recurrence", parrot, np.array([2, 0, 19]))
-    assert lines == ["recurrence    cbtz   2 of 4 right", "               ^ ^"]
+    def inspect(tokens):
+        """Of two layers, while the model reads $cat|cat: the best chunk, and another."""
+        assert tokens.shape == (1, 8)
+        first = torch.tensor([[-1, -1, 0, 0, 0, 0, 0, 0]])
+        second = torch.tensor([[-1, -1, 0, 0, 0, 1, 1, 2]])
+        other = torch.zeros_like(first)
+        return [
+            {"index": torch.stack([first, other], dim=-1)},
+            {"index": torch.stack([second, other], dim=-1)},
+        ]
+
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(model, "inspect", inspect)
+    return model
+
+
+def test_the_sample_marks_wrong_letters_and_shows_retrieved_chunks(monkeypatch):
+    """The chunks of $cat|cat. are $c at |c at."""
+    string = np.array([2, 0, 19])
+    right = train_toy.sample_lines("resona", parrot([2, 0, 19, 28], monkeypatch), string)
+    assert right == [
+        "resona        cat.   4 of 4 right",
+        "  retrieved   $Aa|   best chunk of layer 2, downwards;",
+        "              CtTc   capital: the letter that was written",
+    ]
+    wrong = train_toy.sample_lines("resona", parrot([2, 1, 19, 25], monkeypatch), string)
+    assert wrong[:2] == ["resona        cbtz   2 of 4 right", "               ^ ^"]
 
 
 # --------------------------------------------------------------------------------------------------
