@@ -1,6 +1,8 @@
 """What Resona promises, as tests:  python -m pytest test_resona.py
 
-They need no GPU. `python -m pytest` alone also runs those in evidence/, some three minutes in all.
+They need no GPU. `python -m pytest` alone also runs those in evidence/, under three minutes in all.
+With SLOW=1 in the environment it runs the notebook, the compile gate of the kernels, and cases
+drawn at random as well, two minutes more.
 
     1. definitions         the loops, against equations written out here
     2. laws                what holds for every model, and how it is used
@@ -47,6 +49,8 @@ from dataclasses import FrozenInstanceError, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_toy.py
 
 import numpy as np
 import pytest
@@ -95,6 +99,7 @@ def module_or_none(name) -> Any:
 
 
 kernels = module_or_none("kernels")  # None without Triton
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="slow: needs SLOW=1 in the environment")
 DOUBLE = torch.float64
 HERE = Path(__file__).resolve().parent
 INF = math.inf
@@ -1656,6 +1661,7 @@ def test_torch_func_differentiates_scan_and_attend():
 
 def test_the_compiled_model_is_the_same():
     """One graph each way, also for rows of another length."""
+    torch.compiler.reset()  # what other tests have compiled counts towards a limit
     model = small_model(n_layer=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for length in (20, 33):
@@ -2131,6 +2137,7 @@ def test_the_notebook_is_stored_as_it_ran_from_top_to_bottom():
     assert not re.search(r"/(root|home|Users|tmp)/|[A-Z]:\\\\", raw)  # no absolute paths
 
 
+@slow
 def test_the_notebook_runs(tmp_path):
     """From top to bottom, in a folder with the three sources and the results that it loads."""
     pytest.importorskip("matplotlib")

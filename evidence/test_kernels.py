@@ -32,6 +32,7 @@ except ImportError:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from evidence import benchmark_kernels
+from evidence.testing import slow
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
@@ -388,6 +389,7 @@ def test_the_self_check_does_not_see_the_modes_of_its_first_caller(mode):
 # ----------------------------------------------------------------------------------------------
 # Compiled for GPUs that are not there
 
+@slow
 def test_kernels_compile_for_gpus_as_they_are_launched():
     done = python("-m", "evidence.compile_gate")
     print(done.stdout)

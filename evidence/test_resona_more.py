@@ -1,6 +1,6 @@
-"""More of test_resona.py, by chance and at length; a minute or two.
+"""More of test_resona.py, by chance and at length.
 
-    python -m pytest evidence/test_resona_more.py
+    SLOW=1 python -m pytest evidence/test_resona_more.py    # half a minute
 """
 
 import random
@@ -32,9 +32,12 @@ from test_resona import (  # noqa: F401  (some are fixtures)
     random_tokens,
     scan_inputs,
     seed,
+    slow,
     small_model,
     threads_that_take_turns,
 )
+
+pytestmark = slow
 
 
 @torch.no_grad()

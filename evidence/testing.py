@@ -1,5 +1,6 @@
 """What several tests of the evidence need."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resona import Resona, ResonaConfig
+
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="slow: needs SLOW=1 in the environment")
 
 SIZES = {
     "d_model": 16,
