@@ -50,7 +50,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_toy.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train_toy.py
 
 import numpy as np
 import pytest

@@ -28,8 +28,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-# Idle OpenMP threads sleep instead of spinning: on a busy machine training is 2 to 20 times faster.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait spin for some microseconds, then sleep. If they spun on, as OpenMP's do, another
+# busy process on the machine would make training several times slower. (Linux; read by torch.)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_toy.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train_toy.py
 
 import pytest
 import torch

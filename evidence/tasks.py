@@ -597,7 +597,7 @@ class Text:
 
 
 class Copying(train_toy.Copying):
-    lr = rates(2e-2, 3e-3, 1e-2)
+    lr = rates(**train_toy.COPY_LR)
 
 
 class Bilingual(train_toy.Bilingual):

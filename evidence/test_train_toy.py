@@ -550,22 +550,22 @@ def test_train_needs_no_more_than_these_arguments(tmp_path):
     assert_equal(dict(Resona.load(tmp_path / "mine.pt").state_dict()), dict(model.state_dict()))
 
 
-def test_openmp_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
-    """The policy must be there before torch is, and what the user has set stays."""
+def test_openmp_threads_spin_briefly_unless_the_user_says_otherwise():
+    """The number must be there before torch is, and what the user has set stays."""
     program = """
 import importlib, os, sys
-policies = []
+counts = []
 class AtTorch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            policies.append(os.environ.get("OMP_WAIT_POLICY"))
+            counts.append(os.environ.get("GOMP_SPINCOUNT"))
 sys.meta_path.insert(0, AtTorch())
 import train_toy
-os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
+os.environ["GOMP_SPINCOUNT"] = "7"
 importlib.reload(train_toy)
-print(policies, os.environ["OMP_WAIT_POLICY"])
+print(counts, os.environ["GOMP_SPINCOUNT"])
 """
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     command = [sys.executable, "-c", program]
     printed = subprocess.check_output(command, env=environment, cwd=PROGRAM.parent, text=True)
-    assert printed == "['PASSIVE'] ACTIVE\n"
+    assert printed == "['1000'] 7\n"
