@@ -1,10 +1,11 @@
 """Resona: a linear recurrence that can look up what it has read.
 
 After Wang et al., "Resona: Improving Context Copying in Linear Recurrence Models with Retrieval",
-arXiv 2503.22913 (2025). A linear recurrence (Mamba, RWKV, DeltaNet) reads every token at constant
-cost into a state of fixed size, so it cannot copy a text that is longer than the state can hold.
-Resona gives a recurrent layer a second, parallel branch. It keeps the text in chunks, searches
-them, and attends to the tokens of the best ones:
+arXiv 2503.22913 (2025). A linear recurrence (Mamba, RWKV, DeltaNet) is h[t] = a[t]·h[t-1] + b[t],
+where a and b depend on token t but not on h. It reads every token at constant cost into a state of
+fixed size, so it cannot copy a text that is longer than the state can hold. Resona gives a
+recurrent layer a second, parallel branch. It keeps the text in chunks, searches them, and attends
+to the tokens of the best ones:
 
     x ─► norm ─► z ─► short conv ─► u ─► recurrence ─► y ────────────────────────────┐
                  │                  │                  │                             ▼
@@ -23,16 +24,19 @@ Letters. The paper's k, U and α are our K, U and α; the other letters are ours
 
     z  normed layer input        c  search keys, one per chunk   q  queries
     u  short features: z mixed   k  token keys                   o  output of the attention
-       with the W-1 before it    v  token values                 r  what retrieval returns
+       with the W-1 before it    v  token values                 r  o after o_proj
     y  output of the recurrence                                  α  mixing weight, one per token
 
-(In SelectiveSSM the letters A, B, C, D and Δ are Mamba's.)
+(In SelectiveSSM the letters A, B, C, D and Δ are Mamba's.) There are two levels of queries and
+keys: search_q with c chooses chunks, then q with k weighs the tokens in them.
 
-What it costs, per layer and text. A recurrence keeps D numbers (SSM: D·N), whatever the length. The
-branch keeps 2·D + S/U numbers per token read (and room to grow, up to as much again). At position p
-it costs about p/U·S multiplications for the search and 2·K·U·D for the attention, where full
-attention costs 2·p·D; projections and MLPs do not depend on p. So to read a whole text is still
-quadratic in its length, at S / (2·D·U) of the cost of full attention: 1/16 with the defaults.
+What is kept, per layer and text: a recurrence keeps D numbers (SSM: D·N), whatever the length. The
+branch keeps 2·D + S/U numbers per token read (and room to grow, up to as much again).
+
+What is computed for the token at position p, besides projections and MLPs, which do not depend on
+p: (p/U)·S multiplications for the search and 2·K·U·D for the attention, where full attention has
+2·p·D. So to read a whole text is still quadratic in its length, at S / (2·D·U) of the cost of full
+attention: 1/16 with the defaults.
 
 How to read this file. The model comes first, from the config down to the two recurrences. If you
 stop there, you have seen the whole method. The operations that it calls follow: scan, search and
@@ -58,11 +62,12 @@ from torch.utils._pytree import tree_map
 
 Function = TypeVar("Function", bound=Callable)
 
-# Which version of scan, search and attend runs:
+# As in `resona.BACKEND = "torch"`: which version of scan, search and attend runs.
 #   "auto"    scan and search in Triton on a GPU where that works, everything else in PyTorch
-#   "naive"   the loops: slow and obviously right (approximate search has none)
+#   "naive"   the loops: slow and obviously right
 #   "torch"   the parallel versions in PyTorch
 #   "triton"  scan and search in Triton, or an error; attend in PyTorch
+# Approximate search (IVFRetrieval) has one version, in PyTorch.
 BACKEND = "auto"
 
 
@@ -85,7 +90,7 @@ class ResonaConfig:
     d_search: int = 32  # S
     d_conv: int = 4  # W
     d_ff: int = 128  # hidden width of the MLP
-    search: str = "exact"  # or "ivf": approximate, see IVFRetrieval
+    search: str = "exact"  # or "ivf": approximate, in lists of similar chunks, see IVFRetrieval
     nlist: int = 512  # ivf: number of lists
     nprobe: int = 40  # ivf: lists searched per query
 
@@ -147,8 +152,9 @@ class Resona(nn.Module):
 
         The state law: however a text is cut into calls, the logits are the same up to rounding. For
         positions and chunks are counted from the start of the text, not of the call, and no token
-        sees a later one. The state has all that is needed to continue (see LayerState). It is never
-        modified, so one state can be continued several times.
+        sees a later one. (Where two chunks score almost the same, rounding may decide, and in 16
+        bits a state is rounded at every cut.) The state has all that is needed to continue, see
+        LayerState. It is never modified, so one state can be continued several times.
 
         top_k replaces config.top_k in this call. If trace is a list, each layer with retrieval
         appends to it what it retrieved (see inspect). Raises ValueError on tokens or a state that
@@ -187,12 +193,12 @@ class Resona(nn.Module):
         stop: int | None = None,
     ) -> Tensor:
         """
-        Continue a text. The prompt is read once; for a new token nothing is computed again.
+        Continue a text. The prompt is read once, and nothing is computed twice.
 
         tokens: (B, L) int64, which follow what state has read -> (B, at most L + max_new_tokens):
-        the tokens and their continuation, the likeliest tokens if temperature is 0, else draws from
-        softmax(logits / temperature). A row that has written the token `stop` is padded with it;
-        the result ends when all rows have.
+        the tokens and their continuation. That is the most likely token each time if temperature is
+        0, otherwise a sample from softmax(logits / temperature). A row that has produced the token
+        `stop` is filled up with it; generation ends when every row has.
         """
         if type(max_new_tokens) is not int or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
@@ -335,7 +341,8 @@ class ShortConv(nn.Module):
     """
     A causal depthwise convolution over the last W tokens; weight[-1] belongs to the current one.
 
-    So u tells more of a place in the text than one token does. Its state: the last W-1 inputs.
+    It depends on W tokens, so it tells a place in the text better than one token does. Its state:
+    the last W-1 inputs.
     """
 
     def __init__(self, d_model: int, width: int):
@@ -395,7 +402,7 @@ class State:
         return State(self.config, layers)
 
     def detach(self) -> State:
-        """The same state, cut from the graph that computed it. Its rows can still grow in place."""
+        """The same state, cut from the graph that computed it."""
         return self.map(lambda x: x.detach() if x.requires_grad else x)
 
     def to(self, device: str | torch.device) -> State:
@@ -467,9 +474,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a branch has read: M finished chunks, and n < U tokens that wait for theirs to be.
+    """
+    What a branch has read: M finished chunks, and the n < U tokens whose chunk is not finished yet.
 
-    Why u has one row more than z is drawn in Retrieval.remember.
+    GrowingRows are a tensor, in .tensor, that append extends along dimension 1. Why u has one row
+    more than z is drawn in Retrieval.remember.
     """
 
     c: GrowingRows  # (B, M, S) search keys, one per chunk
@@ -493,10 +502,14 @@ class Retrieval(nn.Module):
     z: (B, L, D) normed layer input       -> token values
     u: (B, L, D) short features of z      -> keys, and queries
     y: (B, L, D) output of the recurrence -> queries
-    output: (B, L, D) = (1-α)·y + α·r, where r is what attention to the K best chunks returns, and
-    α = sigmoid(linear(y, u)) is one number per token. Where no chunk is visible α is 0: the output
-    is y. (Tokens whose chunk is not finished yet are known to u and y alone.)
+    output: (B, L, D) = (1-α)·y + α·r
     memory: what it has read, to continue from; it is never modified
+
+    A token at position p may retrieve chunk m if that ended before p: (m+1)·U <= p. It attends to
+    the tokens of the K visible chunks that score best, and the attention weight of a token is
+    multiplied by the softmax of its chunk's score over the K: that is how the loss trains the
+    search. α = sigmoid(linear(y, u)) is one number per token, and 0 where no chunk is visible. The
+    current token, and those of chunks that are not visible yet, count only through u and y.
 
     zero_init: multiply α by a learned gate that starts at zero, so that a trained model into which
     the branch is put is unchanged at first. (α may then leave 0..1.)
@@ -549,14 +562,15 @@ class Retrieval(nn.Module):
         L = z.shape[1]
         yu = torch.cat([y, u], dim=-1)  # (B, L, 2D)
 
-        # 1. remember these tokens before the search, which hides what a token may not see
+        # 1. remember first: a late token of this call may have to find a chunk that an earlier one
+        #    has finished. The search goes by position, so no token sees too much.
         memory = self.remember(z, u, memory)
         M = memory.c.tensor.shape[1]
         offset = M * self.chunk_size + memory.z.shape[1] - L  # position of the first token here
 
         # 2. search, by the cosine of query and key times a learned scale
         search_q = self.logit_scale.exp() * F.normalize(self.search_q_proj(yu), dim=-1)  # (B, L, S)
-        K = max(1, min(top_k, M))  # more slots would stay empty
+        K = max(1, min(top_k, M))  # more slots would stay empty, and cost time in attend
         with no_autocast(z):  # scores rounded to 16 bits would choose other chunks
             score, index = self.search_chunks(search_q, memory, K, offset)  # (B, L, K)
 
@@ -586,15 +600,17 @@ class Retrieval(nn.Module):
         """
         Append L tokens. Every U of them, counted from the start of the text, make a chunk.
 
-        With U = 2, after the five tokens $ c a t | (a text to copy, between two marks):
+        The key of a token is made from what came before it, so that a key like the present points
+        to what came next. With U = 2, after the five tokens $ 7 3 9 | (digits between two marks):
 
             chunk        0           1        waiting
-            token j      $     c     a     t     |
-            key from     0    u[$]  u[c]  u[a]  u[t]     what came before j (0: zeros)
-            value from  z[$]  z[c]  z[a]  z[t]  z[|]     j itself
+            token j      $     7     3     9     |
+            key from     0    u[$]  u[7]  u[3]  u[9]     what came before j (0: zeros)
+            value from  z[$]  z[7]  z[3]  z[9]  z[|]     j itself
 
-        Chunks 0 and 1 are encoded. The token | waits for the next one to finish its chunk. Kept for
-        it are u[t], from which its own key is made, u[|], for that of the next token, and z[|].
+        Chunks 0 and 1 are encoded. A chunk is encoded in one go, from all its u, so the inputs of
+        the token | wait for the next one: u[9] for the key of |, u[|] for the key of the next
+        token, and z[|] for the value of |.
         """
         if memory is None:
             u = F.pad(u, (0, 0, 1, 0))  # a row of zeros before the first token
@@ -625,9 +641,9 @@ class Retrieval(nn.Module):
         u: (B, 1+M·U, D), z: (B, M·U, D) -> c: (B, M, S), k, v: (B, M, U, H, E) of M chunks.
 
         Token keys are shifted by one: the key of token j is made from u[j-1], its value from z[j].
-        The query of token t contains u[t]. If that is like u[j-1], then token j followed on
-        something like the present, and its value tells what may follow now: "what came next the
-        last time?" is a single look-up (in a Transformer, an induction head). There are no
+        The query of a token at position t contains u[t]. If that is like u[j-1], then token j
+        followed on something like the present, and its value tells what may follow now: "what came
+        next the last time?" is a single look-up (in a Transformer, an induction head). There are no
         positions; u tells tokens apart by the few before them.
         """
         B, n, D = z.shape
@@ -648,13 +664,15 @@ class ChunkEncoder(nn.Module):
     """
     One search key per chunk: proj(Σ_j u[j-1]) + mlp(u before and in the chunk), of unit length.
 
-    The sum over the tokens j of the chunk treats them alike, so that it is learned early; the MLP
-    adds what depends on their order.
+    In the sum one matrix serves every place in the chunk, so it is learned early; the MLP adds what
+    depends on the order, and sees the last token's u as well.
 
     Keys are made from u alone, not from this layer's y. y holds all that was read so far, so the
     same tokens would get a different key at every position, and on texts longer than those of
-    training keys would drift away from all that the search has learned. A query may contain y: if
-    it drifts, it is at least compared with keys that do not.
+    training keys would drift away from all that the search has learned. (Above the first layer this
+    holds in part: there u contains the y of the layers below.) Queries are made from y as well, for
+    what the last few tokens do not tell. If a query drifts, it is at least compared with keys that
+    do not.
     """
 
     def __init__(self, d_model: int, chunk_size: int, d_search: int):
@@ -679,17 +697,22 @@ class ChunkEncoder(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # Recurrences. A backbone is any causal module with the signature of nn.GRU(D, D, batch_first=True):
-# output, state = module(input, state=None), input and output (B, L, D). It returns a new state and
-# leaves the given one as it is. The state consists of tensors with the batch first (nn.GRU, whose
-# states have it second, is known). The residual connection is the layer's.
+#
+#     output, state = module(input, state=None)        input, output: (B, L, D)
+#
+# module(x1), then module(x2, state), must give what module gives for both at once, and must not
+# modify the state it is given. A state consists of tensors in tuples, lists and dicts, with the
+# batch first (nn.GRU, whose states have it second, is known), or it is an object with a method map
+# (see map_tensors). The residual connection is the layer's. To be saved, a model needs a backbone
+# with a name in BACKBONES.
 
 
 class GatedRecurrence(nn.Module):
     """
-    h[t] = a[t]·h[t-1] + (1-a[t])·new[t]    and y[t] = out_proj(h[t]·silu(g[t]))
+    h[t] = a[t]·h[t-1] + (1-a[t])·new[t]    and y[t] = out_proj(h[t]·silu(gate[t]))
 
-    with a = sigmoid(linear(u)), and new and g linear in u. Every channel is a moving average; how
-    fast it forgets is decided by the token.
+    with a = sigmoid(linear(u)), and new and gate linear in u. Every channel is a moving average;
+    how fast it forgets is decided by the token.
     """
 
     def __init__(self, d_model: int):
@@ -700,28 +723,29 @@ class GatedRecurrence(nn.Module):
             self.in_proj.bias[:d_model] = torch.linspace(0, 4, d_model)
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        a, new, g = self.in_proj(u).chunk(3, dim=-1)  # (B, L, D) each
+        a, new, gate = self.in_proj(u).chunk(3, dim=-1)  # (B, L, D) each
         a = torch.sigmoid(a)
         h = scan(a, new - a * new, h0)  # (B, L, D)
-        return self.out_proj(h * F.silu(g)), h[:, -1].clone()
+        return self.out_proj(h * F.silu(gate)), h[:, -1].clone()
 
 
 class SelectiveSSM(nn.Module):
     """
     The selective state-space layer of Mamba (arXiv 2312.00752), with its letters.
 
-    A state space is a differential equation with an input u and N hidden values per channel:
+    A state space is a differential equation. Here every channel, with its input u, has N of them,
+    each with numbers A, B and C of its own:
 
-        h'(t) = A·h(t) + B·u(t)        y(t) = C·h(t) + D·u(t)        A < 0, so that h decays
+        h'(t) = A·h(t) + B·u(t)        y(t) = Σ C·h(t) + D·u(t)        A < 0, so that h decays
 
     If u stays the same for a step of length Δ, the equation has the solution
 
-        h(t + Δ) = exp(Δ·A)·h(t) + (exp(Δ·A) - 1)/A·B·u,    where (exp(Δ·A) - 1)/A ≈ Δ
+        h(t + Δ) = exp(Δ·A)·h(t) + (exp(Δ·A) - 1)/A·B·u
 
-    if Δ·A is small. Mamba always takes Δ, and so do we. That is a recurrence h = a·h + b with
-    a = exp(Δ·A) and b = Δ·B·u, and the same scan computes it, over D·N channels. Selective means
-    that Δ, B and C are computed from the token: with a large Δ the layer forgets and writes, with
-    a small one it skips the token.
+    Mamba keeps exp(Δ·A) and takes Δ in place of (exp(Δ·A) - 1)/A, which is near it for small Δ·A.
+    That is a recurrence h = a·h + b with a = exp(Δ·A) and b = Δ·B·u, and the same scan computes it,
+    over D·N channels. Selective means that Δ, B and C are computed from the token: with a large Δ
+    the layer forgets and writes, with a small one it skips the token.
 
     Mamba's block has besides: twice as many inner channels, a Δ of low rank, and a convolution,
     which our Layer has.
@@ -809,7 +833,7 @@ def scan_naive(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """
-    The same in about 5·√L operations on whole tensors instead of L.
+    The same in about 5·√L tensor operations instead of L.
 
     Two steps compose into one: h -> a₂·(a₁·h + b₁) + b₂ = (a₂·a₁)·h + (a₂·b₁ + b₂). So the effect
     of a whole block of steps on whatever enters it is known from two numbers per channel: the
@@ -823,7 +847,9 @@ def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     2. Block by block: where each block really starts.                              2·√L operations
     3. All blocks at once, step by step, from there.                                  √L operations
 
-    and the steps left over, fewer than √L, one by one. A parallel scan by doubling has only log L
+    4. The steps left over, fewer than √L, one by one.
+
+    A parallel scan by doubling has only log L
     levels, but each passes through all the memory again, which is what takes the time on a CPU;
     this one reads a and b twice. (There is also h = P·cumsum(b/P) with P = cumprod(a); but P soon
     underflows.)
@@ -842,8 +868,8 @@ class ParallelScan(torch.autograd.Function):
     """
     The gradient of a scan is a scan from right to left.
 
-    Let dh[t] be the gradient that arrives through the output h[t] itself, and g[t] the whole one,
-    with what h[t] does to later steps. h[t] enters step t+1 multiplied by a[t+1], so
+    Let dh[t] be the gradient that arrives through the output h[t] itself, and g[t] the total one,
+    which includes the effect of h[t] on later steps. h[t] enters step t+1 multiplied by a[t+1], so
 
         g[t] = dh[t] + a[t+1]·g[t+1]     with g[L-1] = dh[L-1]
 
@@ -915,7 +941,7 @@ def scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = F
     step = -1 if reverse else 1
 
     def steps_of_blocks(x: Tensor) -> Sequence[Tensor]:
-        """(B, L, D) -> n_steps views (B, n_blocks, D): a step of all blocks each, in their order"""
+        """(B, L, D) -> n_steps views (B, n_blocks, D): step 0 of every block, step 1, ..."""
         return x[:, in_blocks].unflatten(1, (n_blocks, n_steps)).unbind(2)[::step]
 
     a_steps = steps_of_blocks(a)
@@ -972,13 +998,13 @@ def search(
     -> score: (B, L, top_k), best first, in float32 at least, index: (B, L, top_k) int64; -inf and
     -1 where no chunk is left. Raises ValueError on sizes that do not fit.
 
-    A query at position p may see chunk m if the chunk ended before p: (m+1)·U <= p. The chunk that
-    ends with token p itself would break no law; to hide it is a convention, and copying is as
-    accurate with it.
+    A query at position p may see chunk m if the chunk ended before p: (m+1)·U <= p. To show the
+    chunk that ends with token p would still be causal. We hide it by convention; in copying we saw
+    no difference in accuracy.
 
     Among chunks with equal scores the choice is free. Chunks with equal keys are normally chunks of
     the same tokens, and it makes no difference which one is attended to. (With weights that give
-    all chunks the same score, zeros for one, the state law does not hold.)
+    all chunks the same score, for example all zero, the state law does not hold.)
     """
     check_backend()
     if BACKEND == "naive":
@@ -1141,9 +1167,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Ten
         w = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
 
     The second term is the log of the probability that the search gives to the chunk of j, among the
-    K. Through it the loss says "more of this chunk, less of that one", which trains the search. A
-    chunk that is not retrieved gets no gradient; and with K = 1 no score does, as the probability
-    is 1 whatever it is.
+    K: the weights are exp(q·k_j / √E) times that probability. Through it the loss says "more of
+    this chunk, less of that one", which trains the search. A chunk that is not retrieved gets no
+    gradient; and with K = 1 no score does, as the probability is 1 whatever it is. (Adding s itself
+    would give the same w, as softmax does not see a constant; its logarithm stays small.)
 
     q: (B, L, H, E), k, v: (B, M, U, H, E), score, index: (B, L, K) as search returns them
     -> o: (B, L, H, E), exactly zero where no chunk was found.
@@ -1160,7 +1187,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Ten
 def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """The definition: query by query."""
     B, L, H, E = q.shape
-    r = torch.zeros_like(q)
+    o = torch.zeros_like(q)
     for i in range(B):
         for t in range(L):
             found = index[i, t] >= 0
@@ -1170,8 +1197,8 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
             log_p = score[i, t, found].log_softmax(0).to(q.dtype)  # (K,)
             logits = torch.einsum("he,kuhe->hku", q[i, t], k[i, chunks]) / math.sqrt(E)
             w = (logits + log_p.unsqueeze(1)).flatten(1).softmax(-1)  # (H, K·U)
-            r[i, t] = torch.einsum("hj,jhe->he", w, v[i, chunks].flatten(0, 1))
-    return r
+            o[i, t] = torch.einsum("hj,jhe->he", w, v[i, chunks].flatten(0, 1))
+    return o
 
 
 def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
@@ -1192,13 +1219,13 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     keys = k[row, chunk].flatten(2, 3).to(q.dtype)  # (B, L, K·U, H, E)
     values = v[row, chunk].flatten(2, 3).to(q.dtype)
 
-    r = F.scaled_dot_product_attention(
+    o = F.scaled_dot_product_attention(
         q.reshape(B * L, H, 1, E),
         keys.flatten(0, 1).transpose(1, 2),  # (B·L, H, K·U, E)
         values.flatten(0, 1).transpose(1, 2),
         attn_mask=bias.reshape(B * L, 1, 1, -1),
     )
-    return r.reshape(B, L, H, E).masked_fill(~found.unsqueeze(-1), 0)
+    return o.reshape(B, L, H, E).masked_fill(~found.unsqueeze(-1), 0)
 
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
@@ -1209,11 +1236,12 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     Take three tensors w[t,h,j], q[t,h,e] and k[token j of t,h,e]. Multiply any two, sum over the
     axis that the third lacks, and the result has the shape of the third:
 
-        dot_retrieved    Σ_e q·k  is like w       the logits, of queries and keys
-        sum_retrieved    Σ_j w·k  is like q       the output o, of weights and values
+        dot_retrieved    Σ_e q·k  is like w       of queries and keys: the logits
+        sum_retrieved    Σ_j w·k  is like q       of weights and values (in the place of k): o
         sum_retrievers   Σ_t w·q  is like k       over the queries that retrieved a token
 
-    The derivatives of each of the three are the two others, so nothing else is needed for training.
+    All three are derivatives of the one number Σ w·q·k, by w, q and k. So the derivatives of each
+    are the two others, and nothing else is needed for training.
     """
     B, L, H, E = q.shape
     M, U = k.shape[1:3]
@@ -1261,10 +1289,10 @@ class DotRetrieved(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, dp: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, dw: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k, chunk = ctx.saved_tensors
-        dq = SumRetrieved.apply(dp, k, chunk)
-        dk = SumRetrievers.apply(dp, q, chunk, k.shape[0])
+        dq = SumRetrieved.apply(dw, k, chunk)
+        dk = SumRetrievers.apply(dw, q, chunk, k.shape[0])
         return dq, dk, None
 
 
@@ -1280,10 +1308,10 @@ class SumRetrieved(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, dr: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, None]:
         w, v, chunk = ctx.saved_tensors
-        dw = DotRetrieved.apply(dr, v, chunk)
-        dv = SumRetrievers.apply(w, dr, chunk, v.shape[0])
+        dw = DotRetrieved.apply(do, v, chunk)
+        dv = SumRetrievers.apply(w, do, chunk, v.shape[0])
         return dw, dv, None
 
 
@@ -1325,14 +1353,14 @@ def dot_retrieved(q: Tensor, k: Tensor, chunk: Tensor) -> Tensor:
     n_tokens = chunk.shape[1] * U
     own_channels = torch.eye(H, dtype=q.dtype, device=q.device).repeat_interleave(E, dim=1)
     k = k.flatten(1)  # (chunks, U·H·E)
-    p = q.new_empty(T, H, n_tokens)
+    w = q.new_empty(T, H, n_tokens)
     n_queries = max(1, 2**18 // (n_tokens * H * E))
     for t in range(0, T, n_queries):
         block = slice(t, t + n_queries)
         queries = q[block].reshape(-1, 1, H * E) * own_channels  # (block, H, H·E)
         keys = F.embedding(chunk[block], k).view(-1, n_tokens, H * E)
-        torch.bmm(queries, keys.mT, out=p[block])
-    return p
+        torch.bmm(queries, keys.mT, out=w[block])
+    return w
 
 
 def shape_of_sum_retrieved(w, v, chunk):
@@ -1353,13 +1381,13 @@ def sum_retrieved(w: Tensor, v: Tensor, chunk: Tensor) -> Tensor:
     token = chunk.unsqueeze(2) * U + torch.arange(U, device=w.device)  # (T, K, U)
     head = torch.arange(H, device=w.device).view(H, 1)
     row = token.view(T, 1, n_tokens) * H + head  # (T, H, K·U)
-    r = F.embedding_bag(
+    o = F.embedding_bag(
         row.flatten(0, 1),
         v.reshape(-1, E),
         mode="sum",
         per_sample_weights=w.reshape(T * H, n_tokens),
     )
-    return r.view(T, H, E)
+    return o.view(T, H, E)
 
 
 def shape_of_sum_retrievers(w, q, chunk, n_chunks):
@@ -1377,9 +1405,12 @@ def sum_retrievers(w: Tensor, q: Tensor, chunk: Tensor, n_chunks: int) -> Tensor
     Sorted by chunk, the queries that retrieved the same one stand together, and embedding_bag sums
     each such group, for one head and one token of the chunk at a time. With T = 3, K = 2:
 
-        query t       0     1     2           retrievals, counted slot by slot, as slot·T + t:
-        slot 0    chunk 5     0     5         number   0 1 2 3 4 5     sorted by chunk   1 4 5 0 2 3
-        slot 1    chunk 7     2     2         chunk    5 0 5 7 2 2     their chunks      0 2 2 5 5 7
+        query t        0  1  2
+        slot 0, chunk  5  0  5      retrievals are numbered slot by slot, slot·T + t
+        slot 1, chunk  7  2  2
+
+        number         0  1  2  3  4  5      sorted by chunk   1  4  5  0  2  3
+        chunk          5  0  5  7  2  2      their chunks      0  2  2  5  5  7
     """
     T, H, E = q.shape
     K = chunk.shape[1]
@@ -1404,8 +1435,8 @@ def sum_retrievers(w: Tensor, q: Tensor, chunk: Tensor, n_chunks: int) -> Tensor
 # Similar chunks are put into one list, as the index of a book lists the pages of a word. A query is
 # compared with one vector per list, and then only with the chunks in the lists that fit it best.
 
-SAMPLE = 16  # first chunks per list, from which the lists are made
-OUTLIERS = 1024  # the least similar one in this many of them sets the threshold for outliers
+SAMPLE = 16  # the lists are made from the first SAMPLE·nlist chunks
+OUTLIERS = 1024  # one in so many of these is less similar than the threshold for outliers
 
 
 @dataclass(frozen=True)
@@ -1434,9 +1465,10 @@ class IVFRetrieval(Retrieval):
     Retrieval that compares a query with the centroids of nlist lists, and then only with the chunks
     in the nprobe lists whose centroids are the most similar.
 
-    Causality and the state law hold. Centroids are made from the first nlist·SAMPLE chunks, 8,192
-    by default, and a query that sees no more chunks than these searches exactly. A chunk joins the
-    list of its nearest centroid when it is finished, and stays there.
+    Centroids are made from the first nlist·SAMPLE chunks, 8,192 by default, and a query that sees
+    fewer chunks than these searches exactly. A chunk joins the list of its nearest centroid when it
+    is finished, and stays there. So the lists that a query uses depend only on chunks that it may
+    see: causality and the state law hold.
 
     A chunk unlike every centroid joins a list that says little about it, and a query that wants it
     would probably not probe that list. Rare content is often what is looked up. So such outliers
@@ -1597,10 +1629,10 @@ class GrowingRows:
 
     Token by token, torch.cat would copy all of a long text each time. Here the rows are the start
     of a buffer with room behind them. append writes into the room and returns new GrowingRows on
-    the same buffer; these rows do not change. The first append takes the buffer over. A second
-    append to the same rows finds none, and copies into a new one, twice as long as needed.
+    the same buffer; these rows do not change. They hand their buffer on to their first append, if
+    it is long enough. Any other append copies into a new buffer, twice as long as needed.
 
-    While autograd records, append is torch.cat.
+    With gradients enabled, under torch.compile, and for another dtype, append is torch.cat.
     """
 
     def __init__(self, tensor: Tensor, buffer: Tensor | None = None):
