@@ -1119,6 +1119,38 @@ def test_shapes_can_be_computed_without_numbers(backbone):
         assert model.generate(tokens, 3).shape == (2, 12)
 
 
+@pytest.mark.parametrize("backbone", ["gated", "ssm", "transformer", gru])
+def test_a_training_step_and_generation_stay_on_one_device(backbone):
+    """On the meta device, whose operators refuse a tensor that was made on the CPU by mistake."""
+    model = small_model(backbone).to("meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.zeros(2, 40, dtype=torch.int64, device="meta")
+    logits, state = model(tokens)
+    F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+    optimizer.step()
+    with torch.no_grad():
+        _, state = model(tokens, state.detach())
+        logits, state = model(tokens[[0, 1, 0], :1], state.select(torch.tensor([0, 1, 0])))
+    assert logits.is_meta and all(x.is_meta for x in tensors_of(state))
+    assert model.generate(tokens, 3).is_meta
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
+@pytest.mark.filterwarnings("ignore:Triton is not used")
+@pytest.mark.parametrize("backbone", ["gated", "ssm", "transformer"])
+@torch.no_grad()
+def test_reading_and_generation_stay_on_a_fake_gpu(backbone):
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = Resona(ResonaConfig(11, backbone=backbone, **SIZES))
+        tokens = torch.zeros(2, 40, dtype=torch.int64, device="cuda")
+        _, state = model(tokens)
+        logits, state = model(tokens, state.select(torch.tensor([1, 0], device="cuda")))
+        assert logits.is_cuda and all(x.is_cuda for x in tensors_of(state))
+        assert model.generate(tokens, 3).is_cuda
+        assert {x.device.type for x in tensors_of(state.to("cpu"))} == {"cpu"}
+
+
 def test_torch_func_differentiates_the_model():
     model = small_model()
     tokens = random_tokens(2, 20)
