@@ -50,7 +50,7 @@ BATCH = 16  # rows per step
 ROW = 220  # tokens per row of copying
 WARMUP = 19  # steps of linear warm-up to the peak learning rate; then linear decay to zero
 BETAS = (0.9, 0.99)  # AdamW
-DECAY = 0.01  # weight decay
+DECAY = 0.01  # weight decay, so small that all parameters have it
 CLIP = 1.0  # longest gradient
 SAVE_EVERY = 100  # steps between saves for --resume
 
@@ -129,7 +129,7 @@ class Copying:
         return packed(rng, copy_string, shortest, longest)
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
-        """At least 16 strings, at most 128, of some 4096 letters together; one string per row."""
+        """One string per row: 128 strings, or fewer, at least 16, if they are longer than 32."""
         n_rows = min(128, max(16, 4096 // length))
         strings = [copy_string(rng, length) for _ in range(n_rows)]
         tokens = [string[0] for string in strings]
