@@ -1230,7 +1230,8 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """
-    The same without the copies: on a CPU two to five times as fast in training.
+    The same without the copies. With it a training step on a CPU takes 1 / 1.5 of the time on the
+    rows of train_toy.py (16 x 220), and 1 / 2.3 on one row of 16,384 tokens.
 
     Axes: t a query, h a head, e a channel of the head, j one of the K·U tokens that t retrieved.
     Take three tensors w[t,h,j], q[t,h,e] and k[token j of t,h,e]. Multiply any two, sum over the
