@@ -331,7 +331,8 @@ class CausalAttention(nn.Module):
         """Turn each pair of channels of x: (B, L, H, E) by an angle that grows with position."""
         x1, x2 = x.chunk(2, dim=-1)  # (B, L, H, E/2)
         position = torch.arange(past, past + x.shape[1], device=x.device)
-        pair = torch.arange(x1.shape[3], device=x.device)
+        # float32 in any model: bfloat16 cannot tell position 256 from 257
+        pair = torch.arange(x1.shape[3], device=x.device, dtype=torch.float32)
         frequency = 10000.0 ** (-pair / len(pair))
         angle = position[:, None, None] * frequency  # (L, 1, E/2)
         cos = angle.cos().to(x.dtype)

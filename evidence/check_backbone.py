@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def check_backbone(module: nn.Module, d_model: int) -> None:
@@ -54,6 +54,17 @@ def check_backbone(module: nn.Module, d_model: int) -> None:
         last, _ = module(x[:, 5:], later)
         if not close(last, y[:, 5:]):
             raise ValueError("backbone breaks the state law for a single token")
+
+        # 5. two rows of a state chosen in the other order. (Two layers, or two heads, before the
+        # batch have the size of a batch of two, too.)
+        _, state = module(x[:, :3])
+        other_order = torch.tensor([1, 0], device=x.device)
+        state = tree_map(lambda part: part.index_select(batch_dim, other_order), state)
+        rest, _ = module(x[other_order, 3:], state)
+        if not close(rest, y[other_order, 3:]):
+            raise ValueError(
+                "backbone's state must have the batch first, where state.select chooses rows"
+            )
 
 
 def check_result(result: Any, x: Tensor) -> tuple[Tensor, Any]:

@@ -373,8 +373,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, D) -> logits (B, L, vocab_size)"""
         _, L, D = x.shape
-        position = torch.arange(L, device=x.device)
-        frequency = 10000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)
+        position = torch.arange(L, device=x.device, dtype=torch.float32)
+        frequency = 10000.0 ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
         angle = position[:, None] * frequency  # (L, D/2, rounded up)
         where = torch.cat([angle.sin(), angle.cos()], dim=1)[:, :D]
         return self.layers(x[:, -1:] + where.to(x.dtype))

@@ -80,6 +80,17 @@ class Bad(nn.Module):
         return wrong.get(self.mistake, (h, new))
 
 
+class Wrapped(nn.Module):
+    """A GRU that is not known as one, of two layers: its state is (2, B, D)."""
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.gru = nn.GRU(d_model, d_model, num_layers=2, batch_first=True)
+
+    def forward(self, x, state=None):
+        return self.gru(x, state)
+
+
 @pytest.mark.parametrize(
     "module, words",
     [
@@ -94,6 +105,7 @@ class Bad(nn.Module):
         (Bad("single"), ["single token"]),
         (Bad("nan"), ["not finite"]),
         (Bad("batch last"), ["batch first"]),
+        (Wrapped(4), ["batch first"]),
         (Bad("cache"), ["made of tensors"]),
     ],
 )
