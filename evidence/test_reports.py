@@ -1,6 +1,8 @@
 """Inputs that failed elsewhere, each after a public report on another project, tried on this code.
 
     python -m pytest evidence/test_reports.py    # five seconds
+
+A docstring names the report: owner/repository#number on GitHub.
 """
 
 import warnings
