@@ -40,10 +40,9 @@ attention: 1/16 with the defaults.
 
 How to read this file. The model comes first, from the config down to the two recurrences. If you
 stop there, you have seen the whole method. The operations that it calls follow: scan, search and
-attend.
-Each has a definition, a loop that is obviously right (naive), and a parallel version, which the
-tests check against the loop. Then come approximate search and a tensor that grows. Triton versions
-of scan and search are in kernels.py.
+attend. Each has a definition, a loop that is obviously right (naive), and a parallel version, which
+the tests check against the loop. Then come approximate search and a tensor that grows. Triton
+versions of scan and search are in kernels.py.
 """
 
 from __future__ import annotations
@@ -849,10 +848,9 @@ def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
     4. The steps left over, fewer than √L, one by one.
 
-    A parallel scan by doubling has only log L
-    levels, but each passes through all the memory again, which is what takes the time on a CPU;
-    this one reads a and b twice. (There is also h = P·cumsum(b/P) with P = cumprod(a); but P soon
-    underflows.)
+    A parallel scan by doubling has only log L levels, but each passes through all the memory again,
+    which is what takes the time on a CPU; this one reads a and b twice. (There is also the form
+    h = P·cumsum(b/P) with P = cumprod(a), but P soon underflows.)
     """
     check_scan(a, b, h0)
     dtype = b.dtype
@@ -934,8 +932,8 @@ def scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = F
     n_blocks = math.isqrt(L)
     n_steps = L // n_blocks
     n_rest = L - n_blocks * n_steps
-    # forward:  | block 0 | block 1 | … | rest |     time runs to the right, as the index does
-    # reverse:  | rest | … | block 1 | block 0 |     time runs to the left
+    # forward:  | block 0 | block 1 | … | rest |     time runs to the right
+    # reverse:  | rest | block 0 | block 1 | … |     time runs to the left
     in_blocks = slice(n_rest, L) if reverse else slice(0, L - n_rest)
     rest = range(n_rest)[::-1] if reverse else range(L - n_rest, L)
     step = -1 if reverse else 1
