@@ -212,7 +212,9 @@ class Resona(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                probs = (logits[:, 0] / temperature).softmax(-1)
+                scores = at_least_float32(logits[:, 0])
+                scores = scores - scores.amax(-1, keepdim=True)  # or a quotient may be inf
+                probs = (scores / max(temperature, 1e-30)).softmax(-1)
                 token = torch.multinomial(probs, num_samples=1, generator=generator)
             if stop is not None:
                 token = token.masked_fill(stopped, stop)
@@ -259,7 +261,9 @@ class Resona(nn.Module):
             saved = torch.load(path, map_location="cpu", weights_only=True)
             config = ResonaConfig(**{**saved["config"], **changes})
             model = cls(config)
-            model.load_state_dict(saved["weights"], assign=True)
+            # Clones, as tied weights would share their memory, and an optimizer update it twice.
+            weights = {name: x.clone() for name, x in saved["weights"].items()}
+            model.load_state_dict(weights, assign=True)
         except Exception as error:  # zip, pickle and torch each have their own
             raise ValueError(f"{path} cannot be read as a Resona: {error!r:.300}") from error
         return model.to(device)
@@ -723,9 +727,10 @@ class GatedRecurrence(nn.Module):
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, new, gate = self.in_proj(u).chunk(3, dim=-1)  # (B, L, D) each
-        a = torch.sigmoid(a)
-        h = scan(a, new - a * new, h0)  # (B, L, D)
-        return self.out_proj(h * F.silu(gate)), h[:, -1].clone()
+        a = torch.sigmoid(at_least_float32(a))  # a 16-bit a near 1 would be 1, and never forget
+        h = scan(a, new - a * new, h0)  # (B, L, D), float32 at least
+        y = self.out_proj(h.to(gate.dtype) * F.silu(gate))
+        return y, h[:, -1].clone()
 
 
 class SelectiveSSM(nn.Module):
@@ -764,13 +769,14 @@ class SelectiveSSM(nn.Module):
             self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        dt = F.softplus(self.dt_proj(u)).unsqueeze(-1)  # (B, L, D, 1): Δ
+        # in float32 at least: in 16 bits exp(-0.001) is 1, and such a channel would never forget
+        dt = at_least_float32(F.softplus(self.dt_proj(u))).unsqueeze(-1)  # (B, L, D, 1): Δ
+        A = -at_least_float32(self.A_log).exp()  # (D, N)
         B, C = self.BC_proj(u).unsqueeze(2).chunk(2, dim=-1)  # (batch, L, 1, N) each
-        A = -self.A_log.exp()  # (D, N)
         dA = torch.exp(dt * A)  # (B, L, D, N)
         dBu = dt * u.unsqueeze(-1) * B  # (B, L, D, N)
         h = scan(dA.flatten(2), dBu.flatten(2), h0)  # (B, L, D·N)
-        y = (h.view_as(dA) * C).sum(-1) + self.D * u  # (B, L, D)
+        y = (h.view_as(dA) * C).sum(-1).to(u.dtype) + self.D * u  # (B, L, D)
         return self.out_proj(y * F.silu(self.gate_proj(u))), h[:, -1].clone()
 
 
@@ -1199,6 +1205,9 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
     return o
 
 
+MOST_QUERIES = 2**15  # of one attention; CUDA's kernels refuse batches of 2**16 (pytorch#142228)
+
+
 def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """
     The same with a copy of the keys and values that each query retrieved, and PyTorch's attention.
@@ -1217,13 +1226,17 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     keys = k[row, chunk].flatten(2, 3).to(q.dtype)  # (B, L, K·U, H, E)
     values = v[row, chunk].flatten(2, 3).to(q.dtype)
 
-    o = F.scaled_dot_product_attention(
-        q.reshape(B * L, H, 1, E),
-        keys.flatten(0, 1).transpose(1, 2),  # (B·L, H, K·U, E)
-        values.flatten(0, 1).transpose(1, 2),
-        attn_mask=bias.reshape(B * L, 1, 1, -1),
-    )
-    return o.reshape(B, L, H, E).masked_fill(~found.unsqueeze(-1), 0)
+    q = q.reshape(B * L, H, 1, E)
+    keys = keys.flatten(0, 1).transpose(1, 2)  # (B·L, H, K·U, E)
+    values = values.flatten(0, 1).transpose(1, 2)
+    bias = bias.reshape(B * L, 1, 1, -1)
+    parts = []
+    for start in range(0, B * L, MOST_QUERIES):
+        part = slice(start, start + MOST_QUERIES)
+        parts.append(
+            F.scaled_dot_product_attention(q[part], keys[part], values[part], attn_mask=bias[part])
+        )
+    return torch.cat(parts).reshape(B, L, H, E).masked_fill(~found.unsqueeze(-1), 0)
 
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
@@ -1639,6 +1652,10 @@ class GrowingRows:
         # One element at most. list.pop takes it in one atomic step: of several threads that
         # continue from the same rows, only one gets the buffer.
         self.room = [] if buffer is None else [buffer]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled without the room, for a process that shares the memory cannot share the list."""
+        return {"tensor": self.tensor, "room": []}
 
     def append(self, new: Tensor) -> GrowingRows:
         """torch.cat([rows, new], dim=1) of new: (B, m, ...)."""

@@ -5,7 +5,10 @@
 A docstring names the report: owner/repository#number on GitHub.
 """
 
+import copy
+import pickle
 import warnings
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -13,9 +16,10 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+import resona
 import train_toy
 from evidence.testing import gru, random_tokens, small_model
-from resona import Resona
+from resona import GatedRecurrence, Resona, SelectiveSSM
 
 
 def two_layers(d_model):
@@ -208,3 +212,68 @@ def test_what_is_trained_is_saved_before_it_is_tested(tmp_path, monkeypatch, cap
     monkeypatch.setattr(train_toy, "train_step", stop)  # nothing is left to train
     train_toy.main([*flags, "--resume"])
     assert (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("recurrence", [GatedRecurrence, SelectiveSSM])
+@torch.no_grad()
+def test_slow_channels_forget_in_16_bits_as_well(recurrence):
+    """state-spaces/mamba#923: with the decay in bfloat16, exp(-0.001) is 1."""
+    half = recurrence(16).bfloat16()
+    if recurrence is GatedRecurrence:
+        half.in_proj.bias[:16] = 8.0  # as after a training for long memories
+    exact = copy.deepcopy(half).double()
+    u = (torch.randn(1, 3000, 16) * 0.1 + 0.5).bfloat16()
+    _, state = half(u)
+    _, expected = exact(u.double())
+    assert state.dtype == torch.float32
+    assert (state - expected).norm() < 0.02 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_state_sent_to_another_process_does_not_share_its_room():
+    """pytorch#86467: what a Process is given shares its memory, here with a room to write into."""
+    model = small_model()
+    tokens = random_tokens(1, 40)
+    _, state = model(tokens[:, :10])
+    _, state = model(tokens[:, 10:14], state)
+    sent = pickle.loads(bytes(ForkingPickler.dumps(state)))
+    _, there = model(tokens[:, 14:20], sent)
+    model(random_tokens(1, 6), state)  # here another text goes on
+    logits, _ = model(tokens[:, 20:], there)
+    assert_close(logits, model(tokens)[0][:, 20:], rtol=0, atol=1e-9)
+
+
+def test_a_loaded_model_has_no_two_parameters_in_one_place(tmp_path):
+    """pytorch#188346: tied weights, loaded with assign=True, are updated twice."""
+    model = small_model()
+    model.lm_head.weight = model.embedding.weight
+    model.save(tmp_path / "m.pt")
+    loaded = Resona.load(tmp_path / "m.pt")
+    places = [parameter.data_ptr() for parameter in loaded.parameters()]
+    assert len(set(places)) == len(places)
+
+
+def test_no_impossible_token_is_drawn_and_small_temperatures_are_greedy():
+    """pytorch#192812 and transformers#11267: multinomial in float16, and a quotient that is inf."""
+    model = small_model(vocab_size=50_000).half()
+    prompt = random_tokens(400, 3)
+    logits, _ = model(prompt, last_only=True)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(500 / logits.abs().max())  # probabilities that underflow
+    probs = model(prompt, last_only=True)[0][:, 0].double().softmax(-1)
+    drawn = model.generate(prompt, 1, 1.0, torch.Generator().manual_seed(0))[:, -1:]
+    assert (probs.gather(1, drawn) > 1e-12).all()
+    greedy = model.generate(prompt[:2], 3)
+    for temperature in (1e-6, 1e-40, 5e-324):
+        assert torch.equal(model.generate(prompt[:2], 3, temperature), greedy)
+
+
+def test_attention_of_very_many_queries_goes_in_parts(monkeypatch):
+    """pytorch#142228: CUDA's attention refuses a batch of 65,536."""
+    q = torch.randn(2, 9, 2, 4)
+    k, v = torch.randn(2, 2, 5, 3, 2, 4)
+    score, index = resona.search(torch.randn(2, 9, 4), torch.randn(2, 5, 4), 2, 3)
+    whole = resona.attend_gathered(q, k, v, score, index)
+    monkeypatch.setattr(resona, "MOST_QUERIES", 5)
+    assert_close(resona.attend_gathered(q, k, v, score, index), whole)
+    assert_close(resona.attend_naive(q, k, v, score, index), whole)
