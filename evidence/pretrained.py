@@ -86,6 +86,8 @@ class BranchState(LinearAttentionLayer):
         if cache is None:
             return cls()
         if not isinstance(cache.layers[layer], cls):
+            if getattr(cache.layers[layer], "device", None) is not None:  # something is in it
+                raise ValueError("the cache was filled by a model without the branch")
             cache.layers[layer] = cls()
         return cache.layers[layer]
 

@@ -310,6 +310,15 @@ def test_a_branch_in_a_pretrained_model_refuses_padding(tiny):
     )
 
 
+@torch.no_grad()
+def test_a_cache_that_was_filled_without_the_branch_is_refused(tiny):
+    """huggingface/transformers#48297: a layer of another kind silently replaced."""
+    pretrained, model, tokens = tiny
+    cache = model(tokens, use_cache=True).cache_params
+    pretrained.add_branch(model)
+    one_line(ValueError, lambda: model(tokens[:, :1], cache_params=cache), "without the branch")
+
+
 def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path, monkeypatch):
     pretrained, model, tokens = tiny
     monkeypatch.setattr(pretrained, "ROW", 64)
