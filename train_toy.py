@@ -763,7 +763,7 @@ def most_telling(model: Resona, text: Tensor, n: int) -> tuple[int, Tensor]:
     tokens_of = text[0].unfold(0, size, size)  # (M, U): the tokens of every chunk
     written = text[0, -n:]
     found = []
-    for layer, searches in enumerate(model.inspect(text[:, :-1]), start=1):
+    for layer, searches in enumerate(model.inspect(text[:, :-1])):
         best = searches["index"][0, -n:, 0]  # (n,)
         chunks = tokens_of[best]  # (n, U)
         hits = (chunks == written[:, None]).any(1).sum().item()
