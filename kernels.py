@@ -43,7 +43,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CP
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 TILE_T = 16         # scan: steps in a tile
-MIN_BLOCK = 256     # scan: steps in a block, about, at least
+MIN_BLOCK = 256     # scan: a row gets at most one block per this many steps
 TILE_Q = 64         # search: queries in a tile
 TILE_M = 64         # search: chunks in a tile
 MIN_PROGRAMS = 256  # a guess at what keeps a GPU busy; with fewer, the work is cut into parts
@@ -425,7 +425,7 @@ def search_forward(
         c = c.contiguous()
     slots = triton.next_power_of_2(top_k)
     block_s = max(16, triton.next_power_of_2(S))
-    block_m = min(TILE_M, 2048 // block_s)  # with more, float32 spills before sm_90
+    block_m = min(TILE_M, 2048 // block_s)  # with more, float32 spills on some GPUs
     programs = B * triton.cdiv(L, TILE_Q)
     max_parts, span = cut_into_parts(programs, M, block_m, slots)
     parts = max(1, triton.cdiv(M, span))
@@ -602,14 +602,14 @@ def check_supported(*tensors: Tensor) -> None:
 # gradients, on an input with several blocks, tiles that are not full, and empty slots.
 
 def can_scan(a: Tensor, b: Tensor) -> bool:
-    """May resona.py choose `scan` for these? A GPU, the sizes, and it works there."""
+    """True if the tensors are on a GPU, fit the kernels, and the selftest passed there."""
     if not (b.is_cuda and supported(a) and supported(b)):
         return False
     return works(selftest_scan, b.device, b.dtype)
 
 
 def can_search(q: Tensor, c: Tensor, top_k: int) -> bool:
-    """May resona.py choose `search` for these? A GPU, the sizes, and it works there."""
+    """True if the tensors are on a GPU, fit the kernels, and the selftest passed there."""
     if not (q.is_cuda and supported(q) and supported(c)):
         return False
     if top_k > MAX_TOP_K or q.shape[2] > MAX_S:
@@ -624,7 +624,7 @@ def works(selftest: Callable, device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def works_once(selftest: Callable, device: torch.device, dtype: torch.dtype) -> bool:
-    """Does the test pass? Asked once in a process; if not, it warns and PyTorch is used.
+    """Does the test pass? Asked once for each device and dtype; if not, it warns, and PyTorch runs.
 
     It runs in a thread of its own, which has none of the caller's modes: autocast, no_grad,
     inference_mode, checkpoint, torch.func and so on.

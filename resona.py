@@ -109,11 +109,11 @@ class ResonaConfig:
             )
         if self.search not in ("exact", "ivf"):
             raise ValueError(f"search must be exact or ivf, got {self.search!r}")
-        layers = range(self.n_layer)
-        if not isinstance(self.retrieval, bool) and not (
-            isinstance(self.retrieval, (list, tuple))
-            and all(type(layer) is int and layer in layers for layer in self.retrieval)
-        ):
+        is_layers = isinstance(self.retrieval, bool)
+        if isinstance(self.retrieval, (list, tuple)):
+            layers = range(self.n_layer)
+            is_layers = all(type(layer) is int and layer in layers for layer in self.retrieval)
+        if not is_layers:
             raise ValueError(
                 f"retrieval must be True, False or a list of layers in 0..{self.n_layer - 1}, "
                 f"got {self.retrieval!r}"
@@ -149,11 +149,12 @@ class Resona(nn.Module):
 
         tokens: (B, L) int64 -> logits: (B, L, vocab_size), or (B, 1, vocab_size) if last_only
 
-        The state law: however a text is cut into calls, the logits are the same up to rounding. For
-        positions and chunks are counted from the start of the text, not of the call, and no token
-        sees a later one. (Where two chunks score almost the same, rounding may decide, and in 16
-        bits a state is rounded at every cut.) The state has all that is needed to continue, see
-        LayerState. It is never modified, so one state can be continued several times.
+        The state law: however a text is cut into calls, the logits are the same up to rounding. It
+        holds because positions and chunks are counted from the start of the text, not of the call,
+        and no token sees a later one. (Where two chunks score almost the same, rounding may decide.
+        A backbone that returns its state in 16 bits rounds it at every cut; ours keep float32.) The
+        state has all that is needed to continue, see LayerState. It is never modified, so one state
+        can be continued several times.
 
         top_k replaces config.top_k in this call. If trace is a list, each layer with retrieval
         appends to it what it retrieved (see inspect). Raises ValueError on tokens or a state that
@@ -259,12 +260,15 @@ class Resona(nn.Module):
                 raise ValueError(f"load can change top_k, search, nlist and nprobe, not {name}")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            config = ResonaConfig(**{**saved["config"], **changes})
-            model = cls(config)
+            config = ResonaConfig(**saved["config"])
+        except Exception as error:  # zip, pickle and torch each have their own
+            raise ValueError(f"{path} cannot be read as a Resona: {error!r:.300}") from error
+        model = cls(replace(config, **changes))
+        try:
             # Clones, as tied weights would share their memory, and an optimizer update it twice.
             weights = {name: x.clone() for name, x in saved["weights"].items()}
             model.load_state_dict(weights, assign=True)
-        except Exception as error:  # zip, pickle and torch each have their own
+        except Exception as error:
             raise ValueError(f"{path} cannot be read as a Resona: {error!r:.300}") from error
         return model.to(device)
 
@@ -423,7 +427,7 @@ class LayerState:
     """What one layer keeps of what it has read."""
 
     conv: Tensor  # (B, W-1, D) the last inputs of the convolution
-    recurrent: Any  # whatever the backbone returns: a tensor, or tuples, lists, dicts of tensors
+    recurrent: Any  # whatever the backbone returns, see map_tensors
     memory: Memory | None  # None in a layer without retrieval
     batch_dim: int  # the dimension of the tensors in recurrent that is the batch
 
@@ -492,8 +496,10 @@ class Memory:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Memory:
         """The same memory with function applied to every tensor."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: map_tensors(function, x) for name, x in parts.items()})
+        changed = {}
+        for field in fields(self):
+            changed[field.name] = map_tensors(function, getattr(self, field.name))
+        return replace(self, **changed)
 
 
 class Retrieval(nn.Module):
@@ -722,12 +728,12 @@ class GatedRecurrence(nn.Module):
         super().__init__()
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
-        with torch.no_grad():  # at u = 0, averages over 1 / (1 - a) = 2 to 55 tokens
+        with torch.no_grad():  # at u = 0, averages over 1 / (1 - a) = 2 to 56 tokens
             self.in_proj.bias[:d_model] = torch.linspace(0, 4, d_model)
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, new, gate = self.in_proj(u).chunk(3, dim=-1)  # (B, L, D) each
-        a = torch.sigmoid(at_least_float32(a))  # a 16-bit a near 1 would be 1, and never forget
+        a = torch.sigmoid(at_least_float32(a))  # in bfloat16, 0.999 is 1, and never forgets
         h = scan(a, new - a * new, h0)  # (B, L, D), float32 at least
         y = self.out_proj(h.to(gate.dtype) * F.silu(gate))
         return y, h[:, -1].clone()
@@ -769,15 +775,16 @@ class SelectiveSSM(nn.Module):
             self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # in float32 at least: in 16 bits exp(-0.001) is 1, and such a channel would never forget
-        dt = at_least_float32(F.softplus(self.dt_proj(u))).unsqueeze(-1)  # (B, L, D, 1): Δ
+        # in float32 at least: in bfloat16 exp(-0.001) is 1, and such a channel never forgets
+        dt = at_least_float32(F.softplus(self.dt_proj(u))).unsqueeze(-1)  # (batch, L, D, 1): Δ
         A = -at_least_float32(self.A_log).exp()  # (D, N)
         B, C = self.BC_proj(u).unsqueeze(2).chunk(2, dim=-1)  # (batch, L, 1, N) each
-        dA = torch.exp(dt * A)  # (B, L, D, N)
-        dBu = dt * u.unsqueeze(-1) * B  # (B, L, D, N)
-        h = scan(dA.flatten(2), dBu.flatten(2), h0)  # (B, L, D·N)
-        y = (h.view_as(dA) * C).sum(-1).to(u.dtype) + self.D * u  # (B, L, D)
-        return self.out_proj(y * F.silu(self.gate_proj(u))), h[:, -1].clone()
+        dA = torch.exp(dt * A)  # (batch, L, D, N)
+        dBu = dt * u.unsqueeze(-1) * B  # (batch, L, D, N)
+        h = scan(dA.flatten(2), dBu.flatten(2), h0)  # (batch, L, D·N)
+        y = (h.view_as(dA) * C).sum(-1).to(u.dtype) + self.D * u  # (batch, L, D)
+        y = self.out_proj(y * F.silu(self.gate_proj(u)))
+        return y, h[:, -1].clone()
 
 
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "ssm": SelectiveSSM}
@@ -1171,10 +1178,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Ten
         w = softmax_j( q·k_j / √E + log softmax(s)[chunk of j] ).
 
     The second term is the log of the probability that the search gives to the chunk of j, among the
-    K: the weights are exp(q·k_j / √E) times that probability. Through it the loss says "more of
-    this chunk, less of that one", which trains the search. A chunk that is not retrieved gets no
-    gradient; and with K = 1 no score does, as the probability is 1 whatever it is. (Adding s itself
-    would give the same w, as softmax does not see a constant; its logarithm stays small.)
+    K: the weights are proportional to exp(q·k_j / √E) times that probability. Through it the loss
+    says "more of this chunk, less of that one", which trains the search. A chunk that is not
+    retrieved gets no gradient; and with K = 1 no score does, as the probability is 1 whatever it
+    is. (Adding s itself would give the same w, as softmax does not see a constant. But
+    log softmax(s) is near 0 for the chunks that count, where 16 bits are the finest.)
 
     q: (B, L, H, E), k, v: (B, M, U, H, E), score, index: (B, L, K) as search returns them
     -> o: (B, L, H, E), exactly zero where no chunk was found.
@@ -1241,8 +1249,8 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
 
 def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """
-    The same without the copies. With it a training step on a CPU takes 1 / 1.5 of the time on the
-    rows of train_toy.py (16 x 220), and 1 / 2.3 on one row of 16,384 tokens.
+    The same without the copies. A training step on a CPU is 1.5 times as fast as with
+    attend_gathered on the rows of train_toy.py (16 x 220), and 2.3 times on a row of 16,384 tokens.
 
     Axes: t a query, h a head, e a channel of the head, j one of the K·U tokens that t retrieved.
     Take three tensors w[t,h,j], q[t,h,e] and k[token j of t,h,e]. Multiply any two, sum over the
@@ -1275,7 +1283,8 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
 def log_probability(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """score, index: (B, L, K) -> log softmax(score), and whether anything was found: (B, L, 1)."""
     found = index[..., :1] >= 0  # slots are filled from the first on
-    return score.masked_fill(~found, 0).log_softmax(-1), found  # NaN for a row of only -inf
+    score = score.masked_fill(~found, 0)  # log_softmax of a row of only -inf would be NaN
+    return score.log_softmax(-1), found
 
 
 def number_across_batch(index: Tensor, M: int) -> Tensor:
@@ -1491,8 +1500,18 @@ class IVFRetrieval(Retrieval):
     which Apple's MPS lacks.
     """
 
-    def __init__(self, *sizes: Any, nlist: int = 512, nprobe: int = 40, **options: Any):
-        super().__init__(*sizes, **options)
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int = 4,
+        chunk_size: int = 4,
+        top_k: int = 4,
+        d_search: int = 32,
+        zero_init: bool = False,
+        nlist: int = 512,
+        nprobe: int = 40,
+    ):
+        super().__init__(d_model, n_head, chunk_size, top_k, d_search, zero_init)
         at_least_one("nlist", nlist)
         at_least_one("nprobe", nprobe)
         self.nlist = nlist
@@ -1570,9 +1589,13 @@ def search_ivf(
     if n_exact == L:
         return search(q, c[:, : SAMPLE * nlist], top_k, chunk_size, offset)
     if n_exact > 0:
-        early = search(q[:, :n_exact], c[:, : SAMPLE * nlist], top_k, chunk_size, offset)
-        late = search_ivf(q[:, n_exact:], c, top_k, chunk_size, offset + n_exact, lists, nprobe)
-        return torch.cat([early[0], late[0]], dim=1), torch.cat([early[1], late[1]], dim=1)
+        score, index = search(q[:, :n_exact], c[:, : SAMPLE * nlist], top_k, chunk_size, offset)
+        late_score, late_index = search_ivf(
+            q[:, n_exact:], c, top_k, chunk_size, offset + n_exact, lists, nprobe
+        )
+        score = torch.cat([score, late_score], dim=1)
+        index = torch.cat([index, late_index], dim=1)
+        return score, index
 
     with torch.no_grad():
         _, probed = nearest(q, lists.centroids, min(nprobe, nlist))  # (B, L, nprobe)

@@ -1250,7 +1250,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
     one_line(ValueError, lambda: small_model(gru).save(path), "callable backbone")
     assert not path.exists()
     small_model().save(path)
-    one_line(ValueError, lambda: Resona.load(path, top_k=0), "m.pt", "top_k")
+    one_line(ValueError, lambda: Resona.load(path, top_k=0), "top_k", "at least 1")
     one_line(ValueError, lambda: Resona.load(path, d_model=32), "top_k", "not d_model")
     one_line(ValueError, lambda: Resona.load(path, colour=3), "top_k", "not colour")
 

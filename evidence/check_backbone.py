@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from resona import map_tensors
 
 
 def check_backbone(module: nn.Module, d_model: int) -> None:
@@ -34,12 +35,16 @@ def check_backbone(module: nn.Module, d_model: int) -> None:
 
         # 3. a state from which rows can be chosen
         batch_dim = 1 if isinstance(module, nn.RNNBase) else 0
-        for part in tree_leaves(state):
-            if not isinstance(part, Tensor) or part.shape[batch_dim : batch_dim + 1] != (2,):
+
+        def check_batch(part: Tensor) -> Tensor:
+            if part.shape[batch_dim : batch_dim + 1] != (2,):
                 raise ValueError(
-                    "backbone's state must be made of tensors, batch first, where state.select "
-                    "chooses rows; take a cache object apart"
+                    "backbone's state must have the batch first, where state.select chooses rows, "
+                    f"got a tensor of shape {list(part.shape)} for a batch of 2"
                 )
+            return part
+
+        map_tensors(check_batch, state)
 
         # 4. the state law: in several calls as in one
         first, state = module(x[:, :3])
@@ -59,7 +64,7 @@ def check_backbone(module: nn.Module, d_model: int) -> None:
         # batch have the size of a batch of two, too.)
         _, state = module(x[:, :3])
         other_order = torch.tensor([1, 0], device=x.device)
-        state = tree_map(lambda part: part.index_select(batch_dim, other_order), state)
+        state = map_tensors(lambda part: part.index_select(batch_dim, other_order), state)
         rest, _ = module(x[other_order, 3:], state)
         if not close(rest, y[other_order, 3:]):
             raise ValueError(

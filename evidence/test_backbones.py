@@ -106,7 +106,7 @@ class Wrapped(nn.Module):
         (Bad("nan"), ["not finite"]),
         (Bad("batch last"), ["batch first"]),
         (Wrapped(4), ["batch first"]),
-        (Bad("cache"), ["made of tensors"]),
+        (Bad("cache"), ["tensors in tuples", "map"]),
     ],
 )
 def test_check_backbone_names_the_mistake(module, words):
