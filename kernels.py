@@ -668,11 +668,12 @@ def selftest_search(device: torch.device, dtype: torch.dtype) -> None:
     n_visible = torch.arange(7, 7 + L, device=device) // 2
     hidden = torch.arange(M, device=device) >= n_visible[:, None]
     expected = (q.float() @ c.float().mT).masked_fill(hidden, -torch.inf)
-    expected, order = expected.sort(dim=2, descending=True, stable=True)
-    expected, order = expected[..., :5], order[..., :5]
+    ranked = expected.sort(dim=2, descending=True, stable=True)
+    expected = ranked.values[..., :5]
     empty = expected == -torch.inf
-    torch.testing.assert_close(index, order.masked_fill(empty, -1))
-    score, expected = score.masked_fill(empty, 0), expected.masked_fill(empty, 0)
+    torch.testing.assert_close(index, ranked.indices[..., :5].masked_fill(empty, -1))
+    score = score.masked_fill(empty, 0)
+    expected = expected.masked_fill(empty, 0)
     assert_same(score, expected, {"q": q, "c": buffer})
 
 
