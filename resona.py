@@ -232,6 +232,7 @@ class Resona(nn.Module):
 
             "index": (B, L, K)  the chunks that a token retrieves, best first, -1 where none is left
             "score": (B, L, K)  their scores, -inf where none is left
+            "share": (B, L, K)  of its attention, the part that each chunk gets, mean over heads
             "alpha": (B, L, 1)  the mixing weight
         """
         trace: list[dict[str, Tensor]] = []
@@ -517,8 +518,10 @@ class Retrieval(nn.Module):
     A token at position p may retrieve chunk m if that ended before p: (m+1)·U <= p. It attends to
     the tokens of the K visible chunks that score best, and the attention weight of a token is
     multiplied by the softmax of its chunk's score over the K: that is how the loss trains the
-    search. α = sigmoid(linear(y, u)) is one number per token, and 0 where no chunk is visible. The
-    current token, and those of chunks that are not visible yet, count only through u and y.
+    search (see also search_loss). α = sigmoid(linear(y, u) + trust·s) is one number per token, with
+    s the score of the best chunk and trust a learned number, so that α can tell whether anything
+    like what was looked for has been found. It is 0 where no chunk is visible. The current token,
+    and those of chunks that are not visible yet, count only through u and y.
 
     zero_init: multiply α by a learned gate that starts at zero, so that a trained model into which
     the branch is put is unchanged at first. (α may then leave 0..1.)
@@ -551,6 +554,7 @@ class Retrieval(nn.Module):
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
         # mix
         self.alpha_proj = nn.Linear(2 * d_model, 1)
+        self.trust = nn.Parameter(torch.zeros(1))  # weight of the best score in α
         self.gate = nn.Parameter(torch.zeros(1)) if zero_init else None
 
     def forward(
@@ -592,18 +596,29 @@ class Retrieval(nn.Module):
             r = r + 0 * sum(x.sum() for x in unused)
 
         # 4. mix
-        alpha = torch.sigmoid(self.alpha_proj(yu))  # (B, L, 1)
-        if self.gate is not None:
-            alpha = self.gate * alpha
-        found = index[..., :1] >= 0  # (B, L, 1): slots are filled from the first on
-        alpha = torch.where(found, alpha, 0)
+        alpha = self.mixing_weight(yu, score, index)  # (B, L, 1)
 
         if trace is not None:
             missing = (0, top_k - K)
-            index = F.pad(index, missing, value=-1)
-            score = F.pad(score.detach(), missing, value=-math.inf)
-            trace.append({"index": index, "score": score, "alpha": alpha.detach()})
+            share = attention_shares(q, memory.k.tensor, score, index)  # (B, L, K)
+            trace.append(
+                {
+                    "index": F.pad(index, missing, value=-1),
+                    "score": F.pad(score, missing, value=-math.inf),
+                    "share": F.pad(share, missing, value=0),
+                    "alpha": alpha,
+                }
+            )
         return torch.lerp(y, r.to(y.dtype), alpha.to(y.dtype)), memory  # (1-α)·y + α·r
+
+    def mixing_weight(self, yu: Tensor, score: Tensor, index: Tensor) -> Tensor:
+        """yu: (B, L, 2D), score, index: (B, L, K) -> α: (B, L, 1)"""
+        found = index[..., :1] >= 0  # slots are filled from the first on
+        best = score[..., :1].masked_fill(~found, 0)  # before the product, as 0·(-inf) is NaN
+        alpha = torch.sigmoid(self.alpha_proj(yu) + self.trust * best)
+        if self.gate is not None:
+            alpha = self.gate * alpha
+        return torch.where(found, alpha, 0)
 
     def remember(self, z: Tensor, u: Tensor, memory: Memory | None) -> Memory:
         """
@@ -1263,21 +1278,72 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     All three are derivatives of the one number Σ w·q·k, by w, q and k. So the derivatives of each
     are the two others, and nothing else is needed for training.
     """
-    B, L, H, E = q.shape
-    M, U = k.shape[1:3]
-    if M == 0:
+    if k.shape[1] == 0:
         return torch.zeros_like(q)
-    log_p, found = log_probability(score, index)
-    bias = log_p.to(q.dtype).repeat_interleave(U, dim=-1)  # (B, L, K·U)
+    w, chunk = attention_weights(q, k, score, index)
+    v = v.to(q.dtype).flatten(0, 1)  # (B·M, U, H, E)
+    o = SumRetrieved.apply(w, v, chunk)  # (T, H, E)
+    found = index[..., :1] >= 0  # slots are filled from the first on
+    return o.view(q.shape).masked_fill(~found.unsqueeze(-1), 0)
 
-    # all texts of the batch in one, with T = B·L queries and B·M chunks
+
+def attention_weights(
+    q: Tensor, k: Tensor, score: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """
+    Weights of the K·U retrieved tokens: (T, H, K·U), and the chunks they belong to: (T, K).
+
+    All texts of the batch are one here, with T = B·L queries and B·M chunks.
+    """
+    M, U, _, E = k.shape[1:]
+    log_p, _ = log_probability(score, index)
+    bias = log_p.to(q.dtype).repeat_interleave(U, dim=-1)  # (B, L, K·U)
     chunk = number_across_batch(index.clamp(min=0), M)  # (T, K); empty slots get the weight 0
     q = q.flatten(0, 1) / math.sqrt(E)  # (T, H, E)
     k = k.to(q.dtype).flatten(0, 1)  # (B·M, U, H, E)
-    v = v.to(q.dtype).flatten(0, 1)
     logits = DotRetrieved.apply(q, k, chunk) + bias.flatten(0, 1).unsqueeze(1)  # (T, H, K·U)
-    o = SumRetrieved.apply(logits.softmax(-1), v, chunk)  # (T, H, E)
-    return o.view(B, L, H, E).masked_fill(~found.unsqueeze(-1), 0)
+    return logits.softmax(-1), chunk
+
+
+@torch.no_grad()
+def attention_shares(q: Tensor, k: Tensor, score: Tensor, index: Tensor) -> Tensor:
+    """
+    The share of the attention that each retrieved chunk got, mean over heads: (B, L, K).
+
+    The arguments are those of attend. Shares of a token sum to 1, or are 0 where nothing was found.
+    """
+    B, L, K = index.shape
+    if k.shape[1] == 0:
+        return torch.zeros_like(score)
+    w, _ = attention_weights(q, k, score, index)  # (T, H, K·U)
+    share = w.unflatten(-1, (K, -1)).sum(-1).mean(1)  # (T, K)
+    return share.view(B, L, K).masked_fill(index < 0, 0)
+
+
+def search_loss(trace: list[dict[str, Tensor]]) -> Tensor:
+    """
+    How badly the searches foresee the attention. In training it is added to the task's loss:
+
+        trace = []
+        logits, _ = model(tokens, trace=trace)
+        loss = F.cross_entropy(...) + weight * search_loss(trace)
+
+    -> a number: Σ -share·log softmax(score) over the K chunks of a token, mean over all tokens, sum
+    over layers. The gradient goes through the scores alone; shares are taken as they are.
+
+    Why the task's loss is not enough: it needs the right chunk among the K, but not as the first of
+    them, since attention can tell it from the others by itself. So nothing keeps that chunk from
+    sliding down in the search, until K others are before it; and what is not retrieved gets no
+    gradient that could lift it up again. Here the search learns from attention which chunk counts,
+    and puts it first. The weight should grow from zero (in train_toy.py, to 0.1), as at first
+    attention has nothing to teach. (DeepSeek-V3.2, arXiv 2512.02556, trains its indexer so, too.)
+    """
+    total = torch.zeros(())
+    for searched in trace:
+        log_p, _ = log_probability(searched["score"], searched["index"])
+        log_p = log_p.masked_fill(searched["index"] < 0, 0)
+        total = total - (searched["share"] * log_p).sum(-1).mean()
+    return total
 
 
 def log_probability(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

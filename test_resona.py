@@ -16,6 +16,7 @@ If you change              run  python -m pytest test_resona.py -k ...
     search, its top k      "search or topk"
     attend                 "attention or attend"
     Retrieval, remember    "remembered or dense or learns_from or alpha or law"
+    search_loss            "search_loss"
     the inverted file      "ivf or lists"
     a state, its rows      "state or rows or threads or modes"
     generate, inspect      "generate or stop or inspect"
@@ -80,6 +81,7 @@ from resona import (
     scan_naive,
     scan_parallel,
     search_ivf,
+    search_loss,
     search_naive,
     search_parallel,
     top_k_by_groups,
@@ -660,7 +662,7 @@ def test_causality_law(case, few_chunks_make_lists):
         assert torch.equal(new_logits[:, :t], logits[:, :t])
         assert not torch.equal(new_logits[:, t], logits[:, t])
         for old, new in zip(traces, new_traces, strict=True):
-            for name in ("index", "score", "alpha"):
+            for name in ("index", "score", "share", "alpha"):
                 assert torch.equal(new[name][:, :t], old[name][:, :t])
 
 
@@ -734,6 +736,57 @@ def test_the_search_learns_from_the_loss(search, few_chunks_make_lists):
         for parameter in of_search:
             assert parameter.grad is not None
             assert parameter.grad.abs().max() > 1e-8
+
+
+def test_search_loss_says_how_badly_the_search_foresees_the_attention():
+    branch = Retrieval(16, n_head=2, chunk_size=2, top_k=3, d_search=8).double()
+    z, u, y = branch_inputs(L=11)
+    trace: list[dict[str, Tensor]] = []
+    _, memory = branch(z, u, y, trace=trace)
+    score, index, share = (trace[0][name] for name in ("score", "index", "share"))
+
+    q = branch.q_proj(torch.cat([y, u], dim=-1)).view(2, 11, 2, 8)  # (B, L, H, E)
+    k = memory.k.tensor  # (B, M, U, H, E)
+    total = 0.0
+    for row in range(2):
+        for t in range(11):
+            chunks = [int(m) for m in index[row, t] if m >= 0]
+            assert torch.equal(share[row, t, len(chunks) :], torch.zeros(3 - len(chunks)).double())
+            if not chunks:
+                continue
+            P = score[row, t, : len(chunks)].softmax(0)
+            attention = []  # of each head to each chunk
+            for head in range(2):
+                logits = k[row, chunks, :, head] @ q[row, t, head] / math.sqrt(8)  # (chunks, U)
+                w = (P[:, None] * logits.exp()).sum(1)
+                attention.append(w / w.sum())
+            expected = sum(attention) / 2
+            assert_close(share[row, t, : len(chunks)], expected)
+            total -= (expected * P.log()).sum().item()
+
+    loss = search_loss(trace)
+    assert loss.item() == pytest.approx(total / (2 * 11))
+    assert search_loss([*trace, *trace]).item() == pytest.approx(2 * total / (2 * 11))
+    assert search_loss([]).item() == 0
+    nothing_found: list[dict[str, Tensor]] = []
+    branch(*branch_inputs(L=1), trace=nothing_found)
+    assert search_loss(nothing_found).item() == 0
+
+
+def test_search_loss_lets_the_search_follow_the_attention_and_not_the_reverse():
+    model = small_model(n_layer=1)
+    trace: list[dict[str, Tensor]] = []
+    model(random_tokens(2, 40), trace=trace)
+    score = trace[0]["score"]
+    score.retain_grad()
+    search_loss(trace).backward()
+    P = score.softmax(-1).nan_to_num()  # NaN where no chunk was visible
+    assert_close(score.grad, (P - trace[0]["share"]) / (2 * 40))
+    branch = branches(model)[0]
+    for weight in (branch.search_q_proj.weight, branch.chunk_encoder.proj.weight):
+        assert weight.grad.abs().max() > 1e-8
+    for weight in (branch.q_proj.weight, branch.k_proj.weight, branch.v_proj.weight):
+        assert weight.grad is None
 
 
 @pytest.mark.parametrize("length", [3, 30])
@@ -887,7 +940,10 @@ def test_inspect_shows_one_search_per_layer_with_retrieval():
     assert len(traces) == 2
     for trace in traces:
         widths = {name: x.shape for name, x in trace.items()}
-        assert widths == {"index": (2, 21, 3), "score": (2, 21, 3), "alpha": (2, 21, 1)}
+        k_wide = (2, 21, 3)
+        expected = {"index": k_wide, "score": k_wide, "share": k_wide, "alpha": (2, 21, 1)}
+        assert widths == expected
+        assert not any(x.requires_grad for x in trace.values())
         assert torch.equal(trace["index"] < 0, trace["score"] == -INF)
         assert (trace["score"][..., :-1] >= trace["score"][..., 1:]).all()
         sees_a_chunk = torch.arange(21) >= 4
@@ -2060,6 +2116,22 @@ def test_the_learning_rate_reaches_its_peak_and_ends_near_zero(steps):
     assert last <= first + 1
     np.testing.assert_allclose(rates[: first + 1], np.linspace(0, 3e-3, first + 2)[1:])
     np.testing.assert_allclose(rates[last:], np.linspace(3e-3, 0, steps - last + 1)[:-1])
+
+
+def test_a_training_step_adds_the_search_loss(monkeypatch):
+    monkeypatch.setattr(train_toy, "CLIP", 1e9)
+    model = make_model("resona", "gated", Copying())
+    inputs, targets = map(torch.as_tensor, Copying().batch(np.random.default_rng(0)))
+    trace: list[dict[str, Tensor]] = []
+    logits, _ = model(inputs, trace=trace)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    (loss + 0.3 * search_loss(trace)).backward()
+    expected = {name: x.grad.clone() for name, x in parameters(model).items()}
+    optimizer = train_toy.make_optimizer(model, "cpu")
+    shown, _ = train_toy.train_step(model, optimizer, 1e-3, inputs, targets, 0.3)
+    assert shown == pytest.approx(loss.item(), rel=1e-5)
+    for name, x in parameters(model).items():
+        assert_close(x.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_resona_learns_to_copy_and_shows_what_it_retrieved(tmp_path, capsys):

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from resona import BACKBONES, GrowingRows, Resona, ResonaConfig
+from resona import BACKBONES, GrowingRows, Resona, ResonaConfig, search_loss
 
 # ==================================================================================================
 # Hyper-parameters. The size of the models is ResonaConfig's default; see resona.py.
@@ -52,6 +52,7 @@ WARMUP = 19  # steps of linear warm-up to the peak learning rate; then linear de
 BETAS = (0.9, 0.99)  # AdamW
 DECAY = 0.01  # weight decay, so small that all parameters have it
 CLIP = 1.0  # longest gradient
+SEARCH_LOSS = 0.1  # weight of resona.search_loss at the end of the training; zero at the start
 SAVE_EVERY = 100  # steps between saves for --resume
 
 # copying
@@ -396,6 +397,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (steps - step) / (steps - warmup)
 
 
+def search_weight(step: int, steps: int) -> float:
+    """The weight of resona.search_loss: grows from zero, as at first the attention has nothing to
+    teach, and a search that follows it learns late."""
+    return SEARCH_LOSS * step / steps
+
+
 def train(name: str, model: Resona, task: Task, args: argparse.Namespace) -> float:
     """Train a model and save it to <out>/<name>.pt -> seconds of training.
 
@@ -418,7 +425,8 @@ def train(name: str, model: Resona, task: Task, args: argparse.Namespace) -> flo
         # 1. one update
         lr = learning_rate(step, task.steps, peak)
         inputs, targets = to_device(task.batch(rng), args.device)
-        loss, accuracy = train_step(model, optimizer, lr, inputs, targets)
+        weight = search_weight(step, task.steps)
+        loss, accuracy = train_step(model, optimizer, lr, inputs, targets, weight)
 
         # 2. report
         if not math.isfinite(loss):
@@ -466,26 +474,37 @@ def train_step(
     lr: float,
     inputs: Tensor,
     targets: Tensor,
+    search_weight: float = 0.0,
 ) -> tuple[float, float]:
     """One update -> loss and accuracy before it, over the scored tokens of the whole batch.
 
-    inputs, targets: (rows, length), of which each process takes its share. If the loss or its
-    gradient is not finite, the weights stay as they are and the loss returned is not finite.
+    inputs, targets: (rows, length), of which each process takes its share. search_weight: of
+    resona.search_loss, which the update takes into account; the loss returned is without it. If
+    the loss or its gradient is not finite, the weights stay as they are and the loss returned is
+    not finite.
     """
     optimizer.param_groups[0]["lr"] = lr
+    n_rows = len(inputs)
     n_scored = (targets != IGNORE).sum()  # in the whole batch, not only in the share
     if WORLD > 1:
         inputs = inputs[RANK::WORLD]
         targets = targets[RANK::WORLD]
 
     # 1. forward and backward
-    logits, _ = model(inputs)  # (rows, length, vocab_size)
+    trace: list[dict[str, Tensor]] = []
+    if search_weight > 0:
+        logits, _ = model(inputs, trace=trace)  # (rows, length, vocab_size)
+    else:
+        logits, _ = model(inputs)
     loss_sum = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     loss = loss_sum / n_scored
+    objective = loss
+    if trace:  # a model without retrieval leaves it empty
+        objective = loss + search_weight * search_loss(trace) * len(inputs) / n_rows
     optimizer.zero_grad()
-    loss.backward()
+    objective.backward()
     accuracy = (logits.argmax(-1) == targets).sum() / n_scored
     report = torch.stack([loss.detach(), accuracy])  # (2,)
 

@@ -35,7 +35,7 @@ from transformers import MambaConfig, MambaForCausalLM, logging
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from evidence.run import spread
-from evidence.tasks import read_text
+from evidence.tasks import read_documentation
 from resona import Memory, Retrieval, ShortConv, map_tensors
 from train_toy import IGNORE, Rng, Rows, copy_string, packed, shift
 
@@ -213,7 +213,7 @@ def demonstrate(
     config: MambaConfig, steps: int, out: Path, strings: int = 32, seed: int = 0
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
-    text, _, held_out = read_text(None)
+    text, held_out = read_documentation()
     model = MambaForCausalLM(config)
     report: dict[str, Any] = {}
     stages = {

@@ -1,4 +1,4 @@
-"""Compare the models of train_toy.py on eleven further tasks, with seeds, rates and ablations.
+"""Compare the models of train_toy.py on thirteen further tasks, with seeds, rates and ablations.
 
     python -m evidence.run --task mqar --seeds 3     # a task, mean and deviation of three seeds
     python -m evidence.run --task all                # every task, and one table of them
@@ -7,7 +7,7 @@
     python -m evidence.run --ablate                  # copying with one thing changed at a time
     python -m evidence.run --task bilingual --ablate "as it is" "no recurrence"       # with these
     python -m evidence.run --task needle --model resona --lengths 1024 131072 1048576
-    python -m evidence.run --task text --data my_book.txt  # instead of Python's documentation
+    python -m evidence.run --task text --data my_book.txt  # instead of Python's own sources
     python -m evidence.run --model resona --autocast       # copying in bfloat16
 
 Flags and files are those of train_toy.py, which trains. Tests here tell more: bits, seconds,
@@ -464,6 +464,36 @@ def without_y(linear: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     return torch.cat([torch.zeros_like(y), u], dim=-1)
 
 
+class NoSearchLoss(Retrieval):
+    """Leaves no trace, so that train_toy has no search loss to add."""
+
+    def forward(
+        self,
+        z: Tensor,
+        u: Tensor,
+        y: Tensor,
+        memory: Memory | None = None,
+        top_k: int | None = None,
+        trace: Any = None,
+    ) -> tuple[Tensor, Memory]:
+        return super().forward(z, u, y, memory, top_k)
+
+
+class NoTrust(Retrieval):
+    """α does not see the score of the best chunk."""
+
+    def __init__(self, *sizes: Any, **options: Any):
+        super().__init__(*sizes, **options)
+        self.trust.requires_grad_(False)  # it is zero
+
+
+class DetachedTrust(Retrieval):
+    """α sees the score of the best chunk, but is no way by which the loss trains the search."""
+
+    def mixing_weight(self, yu: Tensor, score: Tensor, index: Tensor) -> Tensor:
+        return super().mixing_weight(yu, score.detach(), index)
+
+
 class SumAlone(Retrieval):
     """The chunk encoder has no MLP."""
 
@@ -503,11 +533,15 @@ ABLATIONS = {
     "search of width 64": Change({"d_search": 64}),
     "top_k 1 in training": Change({"top_k": 1}),
     "top_k 2 in training": Change({"top_k": 2}),
+    "top_k 4 in training": Change({"top_k": 4}),  # as most tasks have it anyway
     "top_k 8 in training": Change({"top_k": 8}),
     "retrieval in layer 0 only": Change({"retrieval": [0]}),
     "retrieval in layer 1 only": Change({"retrieval": [1]}),
     "keys not one step late": Change(branch=KeysInPlace),
     "no log-probability bias": Change(branch=NoBias),
+    "no search loss": Change(branch=NoSearchLoss),
+    "α without the score": Change(branch=NoTrust),
+    "α with the score, no gradient": Change(branch=DetachedTrust),
     "chunk key: sum alone": Change(branch=SumAlone),
     "chunk key: MLP alone": Change(branch=MLPAlone),
     "no recurrence": Change(branch=NoRecurrence),
@@ -581,7 +615,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--data",
         type=Path,
         metavar="FILE",
-        help="for --task text (default: Python's documentation)",
+        help="for --task text (default: the sources of Python's standard library)",
     )
     parser.add_argument(
         "--d-model",
@@ -634,9 +668,9 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.sweep and not 0 < min(args.sweep) <= max(args.sweep) < math.inf:
         raise UserError(f"--sweep takes rates above zero, got {min(args.sweep)}")
-    if args.ablate and (args.task not in train_toy.TASKS or args.model != "all" or args.autocast):
+    if args.ablate and (args.task in ("all", "compress") or args.model != "all" or args.autocast):
         raise UserError(
-            "--ablate is Resona on copy or bilingual; it takes no --model or --autocast"
+            "--ablate is Resona on one task, and not on compress; it takes no --model or --autocast"
         )
     names = TASKS if args.task == "all" else [args.task]
     tasks = {}

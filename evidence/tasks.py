@@ -1,4 +1,4 @@
-"""Eleven further tasks for the models of train_toy.py, after their papers: rows to train and test.
+"""Thirteen further tasks for the models of train_toy.py, after their papers: rows to train and test.
 
 Each has what train_toy.Copying has; a drawing shows its rows. `-` in a row of targets: nothing is
 scored there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,19 @@ import torch
 from torch import Tensor, nn
 
 import train_toy
-from train_toy import BATCH, END, IGNORE, SEPARATOR, START, Rng, Rows, UserError, packed, shift
+from train_toy import (
+    BATCH,
+    END,
+    IGNORE,
+    SEPARATOR,
+    START,
+    Rng,
+    Rows,
+    Scored,
+    UserError,
+    packed,
+    shift,
+)
 
 Sizes = tuple[int, ...]
 
@@ -381,6 +394,89 @@ class Decoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# Overwritten values
+# After forgetting_mqar.py of Zoology (HazyResearch/zoology), with denser questions.
+
+
+def overwritten_row(
+    rng: Rng, pairs: int, updates: int, gaps: tuple[int, int], questions: int = 40
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Pairs of a key and a value; some of the keys again, with other values; then questions, each to
+    be answered where it stands, by the key's last value.
+
+        inputs       a P b Q c R . . . b S . . a b b c      keys 0..31, values 32..63
+        targets      - - - - - - - - - - - - - P S S R      . filler (64), two gaps of it
+        overwritten  0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 0      which answers are new values
+
+    -> these three, each (2·pairs + 2·updates + sum(gaps) + questions,)
+    """
+    keys = rng.permutation(32)[:pairs]
+    first = rng.integers(32, 64, 32)  # value of each key
+    bound_again = rng.permutation(keys)[:updates]
+    last = first.copy()
+    last[bound_again] = 32 + (first[bound_again] + rng.integers(1, 32, updates)) % 32  # another one
+    asked = rng.choice(keys, questions)
+    before = np.concatenate(
+        [
+            np.stack([keys, first[keys]], axis=1).flatten(),
+            np.full(gaps[0], 64),
+            np.stack([bound_again, last[bound_again]], axis=1).flatten(),
+            np.full(gaps[1], 64),
+        ]
+    )
+    inputs = np.concatenate([before, asked])
+    targets = np.concatenate([np.full(len(before), IGNORE), last[asked]])
+    overwritten = np.concatenate([np.zeros(len(before), dtype=bool), np.isin(asked, bound_again)])
+    return inputs, targets, overwritten
+
+
+class Overwritten:
+    """
+    Eight pairs, half of the keys bound twice, gaps of up to 16 tokens. Tested with gaps of 16
+    tokens and, "far", of 128, and on twice as many pairs; values that were kept and new ones apart.
+    """
+
+    vocab_size = 65
+    unit = "pairs"
+    lengths = [8, 16]
+    lr = rates(3e-3, 3e-3, 3e-3)
+    steps = 1500
+    config = {"chunk_size": 2}
+    test_top_k = None
+    updates = 0.5  # share of the keys that are bound twice
+
+    def batch(self, rng: Rng) -> Rows:
+        before, after = rng.integers(0, 17, 2)
+        inputs, targets, _ = self.rows(rng, BATCH, 8, (before, after))
+        return inputs, targets
+
+    def test(self, rng: Rng, pairs: int) -> dict[str, Rows]:
+        tests = {}
+        for far, gap in (("", 16), (" far", 128)):
+            inputs, targets, overwritten = self.rows(rng, 64, pairs, (gap, gap))
+            tests[f"{pairs} kept{far}"] = inputs, np.where(overwritten, IGNORE, targets)
+            if self.updates > 0:
+                tests[f"{pairs} new{far}"] = inputs, np.where(overwritten, targets, IGNORE)
+        return tests
+
+    def rows(
+        self, rng: Rng, rows: int, pairs: int, gaps: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> inputs, targets, and which answers are new values, each (rows, length)"""
+        updates = round(self.updates * pairs)
+        drawn = [overwritten_row(rng, pairs, updates, gaps) for _ in range(rows)]
+        inputs, targets, overwritten = zip(*drawn, strict=True)
+        return np.array(inputs), np.array(targets), np.array(overwritten)
+
+
+class Asked(Overwritten):
+    """The same with no key bound twice: eight pairs, asked 40 times."""
+
+    updates = 0.0
+
+
+# --------------------------------------------------------------------------------------------------
 # A needle, a phone book
 
 
@@ -489,35 +585,48 @@ class Phonebook:
 # Real text
 
 TEXT_ROW = 512
+LONG_ROW = 2048
+PLACES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # where the bits by position are parted
 
 
 def read_text(path: Path | None) -> list[np.ndarray]:
     """
     Bytes to train on, bytes on which everything is chosen, and bytes of the tests.
 
-    Of the documentation that is in CPython every tenth topic is for tests, and every tenth for
-    choices; of the user's file the last tenths.
+    By default the sources of Python's standard library, as far as they lie in its folder itself, of
+    which every tenth is for tests, and every tenth for choices (they differ from version to version
+    of Python); of the user's file the last tenths.
     """
     if path is None:
-        from pydoc_data.topics import topics
-
-        names = sorted(topics)
-        chosen = names[6::10]
-        tested = names[::10]
-        trained = [name for name in names if name not in chosen + tested]
-        parts = []
-        for part in (trained, chosen, tested):
-            parts.append("\n".join(topics[name] for name in part).encode())
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        sources = [read_file(file) for file in files]
+        if not sources:
+            raise UserError("this Python has no sources of its standard library: take --data FILE")
+        held_out = (sources[6::10], sources[::10])
+        trained = [source for i, source in enumerate(sources) if i % 10 not in (0, 6)]
+        parts = [b"\n".join(part) for part in (trained, *held_out)]
     else:
         data = read_file(path)
         tenth = len(data) // 10
         parts = [data[: -2 * tenth], data[-2 * tenth : -tenth], data[-tenth:]]
-        if tenth <= TEXT_ROW:
+        if tenth <= LONG_ROW:
             raise UserError(
                 f"--data {path} has {len(data)} bytes, too few: its last tenth is held out and "
-                f"must be longer than a row, so at least {10 * (TEXT_ROW + 1)} are needed"
+                f"must be longer than a row, so at least {10 * (LONG_ROW + 1)} are needed"
             )
     return [np.frombuffer(part, np.uint8).astype(np.int64) for part in parts]
+
+
+def read_documentation() -> tuple[np.ndarray, np.ndarray]:
+    """Bytes to train on, and held-out ones, of the documentation in CPython, split by topic."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    held_out = names[::10]
+    trained = [name for name in names if name not in names[6::10] + held_out]
+    parts = ["\n".join(topics[name] for name in part).encode() for part in (trained, held_out)]
+    train, test = (np.frombuffer(part, np.uint8).astype(np.int64) for part in parts)
+    return train, test
 
 
 def read_file(path: Path) -> bytes:
@@ -532,7 +641,7 @@ def read_file(path: Path) -> bytes:
         raise UserError(f"--data {path} is not text in UTF-8: {where}") from error
 
 
-def text_row(rng: Rng, text: np.ndarray, length: int, passage: int) -> Rows:
+def text_row(rng: Rng, text: np.ndarray, length: int, passage: int) -> Scored:
     """
     A passage, other text up to `length`, and the passage again, of which the second reading is
     scored.
@@ -546,22 +655,44 @@ def text_row(rng: Rng, text: np.ndarray, length: int, passage: int) -> Rows:
     return row, np.arange(length + 1) > length - passage
 
 
+def plain_rows(rng: Rng, text: np.ndarray, rows: int, length: int) -> Rows:
+    """Pieces of the text, every byte scored -> inputs, targets: (rows, length)"""
+    starts = rng.integers(0, len(text) - length, rows)
+    pieces = [text[start : start + length + 1] for start in starts]
+    return shift(pieces, np.ones((rows, length + 1), dtype=bool))
+
+
+def came_before(inputs: np.ndarray, n: int = 6) -> np.ndarray:
+    """Whether a byte and the n - 1 before it came in this order before: (rows, length)"""
+    seen = np.zeros(inputs.shape, dtype=bool)
+    for row, marks in zip(inputs, seen, strict=True):
+        known = set()
+        for end in range(n, len(row) + 1):
+            ngram = row[end - n : end].tobytes()
+            marks[end - 1] = ngram in known
+            known.add(ngram)
+    return seen
+
+
 class Text:
     """
-    Bytes. Of eight rows in training two are plain text, in two a passage comes twice, and four are
-    a passage over and over: without these, text offers so little reward for looking back that 500
-    steps do not find it. One layer that retrieves looks back as well as two, and leaves parameters
-    for the width, which text needs. Sixteen chunks of two bytes cost no more attention than eight
-    of four, and tell two similar passages apart. Tests: held-out text, and the second reading of
-    128 held-out bytes in rows of each length.
+    Bytes. Half of the steps are on two long pieces of plain text. The others are on eight rows that
+    reward looking back, for with plain text alone a short training does not find out that it
+    helps: two of plain text, two in which a passage comes twice, and four of a passage over and
+    over. One layer that retrieves looks back as well as two, and leaves parameters for the width,
+    which text needs.
+
+    Tests, on held-out text: plain pieces of each length; of 2,048 bytes besides, apart, those whose
+    last six bytes had come in this order before and the others; of 8,192 bytes, apart, by position;
+    and the second reading of 128 bytes at the end of a row.
     """
 
     vocab_size = 256
     unit = "bytes"
-    lengths = [TEXT_ROW, 2048, 8192]
-    lr = {**rates(3e-2, 6.7e-3, 1e-2), "retrieval": 1e-2}
+    lengths = [TEXT_ROW, LONG_ROW, 8192]
+    lr = {**rates(3e-2, 1e-2, 1e-2), "retrieval": 1e-2}
     steps = 700
-    test_top_k = 32
+    test_top_k = None
     config = {"chunk_size": 2, "d_conv": 8, "top_k": 16, "retrieval": [0]}
 
     def __init__(self, data: Path | None = None):
@@ -570,25 +701,32 @@ class Text:
         self.fingerprint = hashlib.sha256(every).hexdigest()[:8]  # by which --resume knows the text
 
     def batch(self, rng: Rng) -> Rows:
-        train = self.train
-        at = rng.integers(0, len(train) - TEXT_ROW, 6)
-        sizes = rng.integers(32, 257, 4)
-        rows = [train[i : i + TEXT_ROW + 1] for i in at[:2]]
-        for _ in range(2):
-            row, _ = text_row(rng, train, TEXT_ROW, rng.integers(64, 193))
-            rows.append(row)
-        for i, size in zip(at[2:], sizes, strict=True):
-            rows.append(np.resize(train[i : i + size], TEXT_ROW + 1))
-        return shift(rows, np.ones((8, TEXT_ROW + 1), dtype=bool))
+        if rng.random() < 0.5:
+            return plain_rows(rng, self.train, 2, LONG_ROW)
+        plain = [*plain_rows(rng, self.train, 2, TEXT_ROW + 1)[0]]
+        twice = [text_row(rng, self.train, TEXT_ROW, rng.integers(64, 193))[0] for _ in range(2)]
+        repeated = []
+        for _ in range(4):
+            start = rng.integers(0, len(self.train) - TEXT_ROW)
+            size = rng.integers(32, 257)
+            repeated.append(np.resize(self.train[start : start + size], TEXT_ROW + 1))
+        return shift([*plain, *twice, *repeated], np.ones((8, TEXT_ROW + 1), dtype=bool))
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
-        tests = {}
-        if length == TEXT_ROW:
-            at = rng.integers(0, len(self.held_out) - TEXT_ROW, 64)
-            plain = [self.held_out[i : i + length + 1] for i in at]
-            tests["held-out"] = shift(plain, np.ones((64, length + 1), dtype=bool))
-        rows = [text_row(rng, self.held_out, length, 128) for _ in range(max(8, 16384 // length))]
-        tests[f"again {length}"] = stacked(rows)
+        n_rows = max(8, 2**16 // length)
+        inputs, targets = plain_rows(rng, self.held_out, n_rows, length)
+        tests = {f"plain {length}": (inputs, targets)}
+        if length == LONG_ROW:
+            seen = came_before(inputs)
+            tests[f"seen {length}"] = inputs, np.where(seen, targets, IGNORE)
+            tests[f"unseen {length}"] = inputs, np.where(seen, IGNORE, targets)
+        if length == 8192:
+            position = np.arange(length)
+            for start, end in zip(PLACES, PLACES[1:], strict=False):
+                inside = (start <= position) & (position < end)
+                tests[f"from {start}"] = inputs, np.where(inside, targets, IGNORE)
+        again = [text_row(rng, self.held_out, length, 128) for _ in range(max(16, 16384 // length))]
+        tests[f"again {length}"] = stacked(again)
         return tests
 
 
@@ -610,6 +748,8 @@ TASKS: dict[str, Callable[..., Any]] = {
     "bilingual": Bilingual,
     "ngram": Ngram,
     "mqar": Mqar,
+    "overwritten": Overwritten,
+    "asked": Asked,
     "recall": Recall,
     "noisy": Noisy,
     "fuzzy": Fuzzy,
@@ -626,6 +766,8 @@ LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even o
     "bilingual": (1, 32),
     "ngram": (7, 1500),
     "mqar": (1, 63),
+    "overwritten": (1, 32),
+    "asked": (1, 32),
     "recall": (16, 16384),
     "noisy": (16, 16384),
     "fuzzy": (16, 16384),
@@ -634,7 +776,7 @@ LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even o
     "compress": (2, 1000),
     "needle": (4, 2**24),
     "phonebook": (1, 20_000),
-    "text": (256, 2**20),
+    "text": (256, 2**17),
 }
 
 

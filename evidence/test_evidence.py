@@ -207,17 +207,70 @@ def test_phonebook_rows_can_be_answered():
     assert bytes(row[scored].tolist()).decode().splitlines() == [line[8:] for line in lines[30:]]
 
 
-def test_text_is_held_out_by_topic_and_passages_come_twice(tmp_path):
+def test_overwritten_rows_ask_for_the_last_value():
+    rng = np.random.default_rng(0)
+    for updates in (0, 3):
+        inputs, targets, overwritten = tasks.overwritten_row(rng, 6, updates, (5, 2), questions=30)
+        n_bound = 2 * (6 + updates)
+        assert len(inputs) == len(targets) == len(overwritten) == n_bound + 7 + 30
+        assert (targets[:-30] == IGNORE).all() and not overwritten[:-30].any()
+        bound = inputs[inputs != 64][:n_bound].reshape(-1, 2)
+        assert (bound[:, 0] < 32).all() and (bound[:, 1] >= 32).all() and bound.max() < 64
+        assert len(set(bound[:6, 0])) == 6 and len(set(bound[6:, 0])) == updates
+        last = dict(bound.tolist())
+        assert targets[-30:].tolist() == [last[key] for key in inputs[-30:].tolist()]
+        again = set(bound[6:, 0].tolist())
+        assert overwritten[-30:].tolist() == [key in again for key in inputs[-30:].tolist()]
+        first = dict(bound[:6].tolist())
+        assert all(last[key] != first[key] for key in again)
+    tests = TASKS["overwritten"]().test(rng, 8)
+    assert tests.keys() == {"8 kept", "8 new", "8 kept far", "8 new far"}
+    assert [rows[0].shape[1] for rows in tests.values()] == [96, 96, 320, 320]
+    kept, new = tests["8 kept"][1] != IGNORE, tests["8 new"][1] != IGNORE
+    assert (kept ^ new)[:, -40:].all() and not (kept | new)[:, :-40].any()
+    assert TASKS["asked"]().test(rng, 8).keys() == {"8 kept", "8 kept far"}
+
+
+def test_text_is_held_out_by_file_and_passages_come_twice(tmp_path):
     train, *others = tasks.read_text(None)
     for held_out in others:
-        assert 0.05 < len(held_out) / len(train) < 0.2
+        assert 0.05 < len(held_out) / len(train) < 0.3
         text = bytes(train.tolist())
         windows = [bytes(held_out[i : i + 128].tolist()) for i in range(0, 30000, 300)]
-        assert sum(window in text for window in windows) < 25  # of 100: topics quote each other
-    (tmp_path / "t.txt").write_bytes("é".encode() * 5000)
-    assert [len(part) for part in tasks.read_text(tmp_path / "t.txt")] == [8000, 1000, 1000]
+        assert sum(window in text for window in windows) < 5  # of 100
+    (tmp_path / "t.txt").write_bytes("é".encode() * 15000)
+    assert [len(part) for part in tasks.read_text(tmp_path / "t.txt")] == [24000, 3000, 3000]
     row, scored = tasks.text_row(np.random.default_rng(0), np.arange(1000), 200, 40)
     assert len(row) == 201 and np.array_equal(row[scored], row[:40]) and scored.sum() == 40
+
+
+def test_text_has_two_kinds_of_batches_and_tests_by_place_and_by_what_came_before():
+    task = TASKS["text"]()
+    task.train = np.arange(100_000)
+    rng = np.random.default_rng(0)
+    batches = [task.batch(rng) for _ in range(20)]
+    assert {inputs.shape for inputs, _ in batches} == {(2, 2048), (8, 512)}
+    for inputs, targets in batches:
+        assert np.array_equal(inputs[:, 1:], targets[:, :-1])
+        consecutive = (targets == inputs + 1).all(axis=1)
+        plain = [True] * 2  # the first two rows of both kinds
+        assert consecutive.tolist() == plain + [False] * (len(inputs) - 2)
+    inputs, targets = task.test(rng, 2048)["plain 2048"]
+    seen = task.test(np.random.default_rng(1), 2048)
+    marked = [seen[name][1] != IGNORE for name in ("seen 2048", "unseen 2048")]
+    assert (marked[0] ^ marked[1]).all()
+    places = [rows for name, rows in task.test(rng, 8192).items() if name.startswith("from")]
+    assert np.array_equal(sum((rows[1] != IGNORE).astype(int) for rows in places), 8 * [8192 * [1]])
+
+
+def test_what_came_before_is_found_in_order():
+    row = np.frombuffer(b"abcdefabcdeXabcdef", np.uint8)[None]
+    assert tasks.came_before(row, n=3)[0].tolist() == [
+        *[False] * 8,
+        *[True] * 3,  # abc, bcd, cde
+        *[False] * 3,
+        *[True] * 4,
+    ]
 
 
 @pytest.mark.parametrize("backbone", ["gated", "ssm"])
@@ -390,7 +443,7 @@ def test_resume_goes_on_in_every_folder(tmp_path, capsys, monkeypatch):
 
 def test_resume_refuses_another_text(tmp_path, capsys):
     for data in ("once", "twice"):
-        (tmp_path / data).write_text(f"{data} upon a time " * 500)
+        (tmp_path / data).write_text(f"{data} upon a time " * 1500)
     flags = "--task text --model recurrence --steps 1 --lengths 256"
     assert run_with(f"{flags} --data '{tmp_path}/once'", tmp_path / "t") == 0
     assert run_with(f"{flags} --data '{tmp_path}/once' --resume", tmp_path / "t") == 0
@@ -645,7 +698,7 @@ def test_several_processes_are_refused(monkeypatch):
     "data, words",
     [
         (b"", ["0 bytes"]),
-        (b"abc" * 1000, ["3000 bytes", "5130"]),
+        (b"abc" * 1000, ["3000 bytes", "20490"]),
         (b"abc\xff" * 5000, ["not text in UTF-8", "byte 3"]),
     ],
 )
