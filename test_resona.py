@@ -147,9 +147,12 @@ SIZES: dict[str, Any] = {
 
 
 def small_model(backbone: Any = "gated", vocab_size=11, **changes):
-    """A model of SIZES but for the changes, in float64."""
+    """A model of SIZES but for the changes, in float64, whose α sees the best score."""
     fields = {**SIZES, **changes}
-    return Resona(ResonaConfig(vocab_size, backbone=backbone, **fields)).double()
+    model = Resona(ResonaConfig(vocab_size, backbone=backbone, **fields)).double()
+    for branch in branches(model):
+        nn.init.constant_(branch.trust, 0.2)  # zero in a new model
+    return model
 
 
 def random_tokens(B, L, vocab_size=11):
@@ -683,6 +686,24 @@ def test_alpha_zero_is_the_backbone():
     assert not torch.allclose(model(tokens)[0], backbone(tokens)[0])
 
 
+def test_alpha_sees_whether_anything_was_found():
+    """Its gradient is finite too, also where the best score is -inf, as nothing was visible."""
+    branch = Retrieval(16, chunk_size=4).double()
+    inputs = branch_inputs(L=9)
+    trace: list[dict[str, Tensor]] = []
+    before, _ = branch(*inputs, trace=trace)
+    nn.init.constant_(branch.trust, -0.5)
+    after, _ = branch(*inputs, trace=trace)
+    old, new = (searched["alpha"][..., 0] for searched in trace)
+    best = trace[0]["score"][..., 0]
+    assert torch.equal(best == -INF, (torch.arange(9) < 4).expand(2, 9))
+    assert_close(new[:, 4:].logit(), old[:, 4:].logit() - 0.5 * best[:, 4:])
+    assert not new[:, :4].any() and torch.equal(before[:, :4], after[:, :4])
+    after.square().sum().backward()
+    assert branch.trust.grad.abs() > 1e-8
+    assert all(x.grad.isfinite().all() for x in [*inputs, *branch.parameters()])
+
+
 def test_zero_init_is_the_backbone_until_it_is_trained():
     branch = Retrieval(16, zero_init=True).double()
     inputs = branch_inputs()
@@ -697,6 +718,7 @@ def test_with_all_chunks_it_is_dense_attention():
     """top_k >= M: one softmax over all visible tokens, here as an (L, M·U) matrix."""
     U, H, M = 4, 2, 5
     branch = Retrieval(16, n_head=H, chunk_size=U, d_search=8).double()
+    nn.init.constant_(branch.trust, 0.2)
     z, u, y = branch_inputs(L=22)
     B, L, D = z.shape
     output, memory = branch(z, u, y, top_k=M + 2)
@@ -711,14 +733,14 @@ def test_with_all_chunks_it_is_dense_attention():
     ends = (torch.arange(M) + 1) * U
     visible = ends <= torch.arange(U, L)[:, None]  # (L-U, M)
     search_q = branch.logit_scale.exp() * F.normalize(branch.search_q_proj(yu), dim=-1)
-    score = search_q @ memory.c.tensor.mT
-    log_p = score.masked_fill(~visible, -INF).log_softmax(-1)  # (B, L-U, M)
+    score = (search_q @ memory.c.tensor.mT).masked_fill(~visible, -INF)
+    log_p = score.log_softmax(-1)  # (B, L-U, M)
 
     q = branch.q_proj(yu).view(B, L - U, H, -1)
     logits = torch.einsum("blhe,bnhe->bhln", q, k) / math.sqrt(D / H)
     w = (logits + log_p.repeat_interleave(U, dim=-1).unsqueeze(1)).softmax(-1)
     r = branch.o_proj(torch.einsum("bhln,bnhe->blhe", w, v).flatten(2))
-    alpha = torch.sigmoid(branch.alpha_proj(yu))
+    alpha = torch.sigmoid(branch.alpha_proj(yu) + 0.2 * score.amax(-1, keepdim=True))
     assert_close(output[:, U:], (1 - alpha) * y[:, U:] + alpha * r)
     assert torch.equal(output[:, :U], y[:, :U])  # exactly, where no chunk is finished
 
@@ -2118,17 +2140,33 @@ def test_the_learning_rate_reaches_its_peak_and_ends_near_zero(steps):
     np.testing.assert_allclose(rates[last:], np.linspace(3e-3, 0, steps - last + 1)[:-1])
 
 
-def test_a_training_step_adds_the_search_loss(monkeypatch):
+def test_training_gives_the_search_loss_a_growing_weight_and_eight_chunks(tmp_path, monkeypatch):
+    calls = []
+
+    def note(model, optimizer, lr, inputs, targets, search_weight, top_k):
+        calls.append((search_weight, top_k))
+        return 1.0, 0.0
+
+    monkeypatch.setattr(train_toy, "train_step", note)
+    flags = ["--model", "resona", "--steps", "5", "--lengths", "4"]
+    train_toy.main([*flags, *TRAIN_ON_CPU, str(tmp_path)])
+    weights, chunks = zip(*calls, strict=True)
+    assert weights == pytest.approx([0, 0.02, 0.04, 0.06, 0.08])
+    assert set(chunks) == {8}
+    assert Resona.load(tmp_path / "resona.pt").config.top_k == 4
+
+
+def test_a_training_step_adds_the_search_loss_and_retrieves_more(monkeypatch):
     monkeypatch.setattr(train_toy, "CLIP", 1e9)
     model = make_model("resona", "gated", Copying())
     inputs, targets = map(torch.as_tensor, Copying().batch(np.random.default_rng(0)))
     trace: list[dict[str, Tensor]] = []
-    logits, _ = model(inputs, trace=trace)
+    logits, _ = model(inputs, top_k=7, trace=trace)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     (loss + 0.3 * search_loss(trace)).backward()
     expected = {name: x.grad.clone() for name, x in parameters(model).items()}
     optimizer = train_toy.make_optimizer(model, "cpu")
-    shown, _ = train_toy.train_step(model, optimizer, 1e-3, inputs, targets, 0.3)
+    shown, _ = train_toy.train_step(model, optimizer, 1e-3, inputs, targets, 0.3, top_k=7)
     assert shown == pytest.approx(loss.item(), rel=1e-5)
     for name, x in parameters(model).items():
         assert_close(x.grad, expected[name], rtol=1e-4, atol=1e-6)

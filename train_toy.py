@@ -52,6 +52,7 @@ WARMUP = 19  # steps of linear warm-up to the peak learning rate; then linear de
 BETAS = (0.9, 0.99)  # AdamW
 DECAY = 0.01  # weight decay, so small that all parameters have it
 CLIP = 1.0  # longest gradient
+TRAIN_TOP_K = 8  # chunks retrieved per token in training; ResonaConfig's top_k is for all else
 SEARCH_LOSS = 0.1  # weight of resona.search_loss at the end of the training; zero at the start
 SAVE_EVERY = 100  # steps between saves for --resume
 
@@ -97,6 +98,7 @@ class Task(Protocol):
     lengths: Any  # of the tests, a list of integers
     lr: dict[str, float]  # model -> peak learning rate
     steps: int
+    train_top_k: int  # chunks retrieved per token in training
     config: dict[str, Any]  # changes to ResonaConfig's defaults
 
     def batch(self, rng: Rng) -> Rows:
@@ -123,6 +125,7 @@ class Copying:
     lengths = COPY_TESTS
     lr = COPY_LR
     steps = COPY_STEPS
+    train_top_k = TRAIN_TOP_K
     config: dict[str, Any] = COPY_CONFIG
 
     def batch(self, rng: Rng) -> Rows:
@@ -226,6 +229,7 @@ class Bilingual:
     lengths = BILINGUAL_TESTS
     lr = BILINGUAL_LR
     steps = BILINGUAL_STEPS
+    train_top_k = TRAIN_TOP_K
     config: dict[str, Any] = BILINGUAL_CONFIG
 
     def batch(self, rng: Rng) -> Rows:
@@ -426,7 +430,9 @@ def train(name: str, model: Resona, task: Task, args: argparse.Namespace) -> flo
         lr = learning_rate(step, task.steps, peak)
         inputs, targets = to_device(task.batch(rng), args.device)
         weight = search_weight(step, task.steps)
-        loss, accuracy = train_step(model, optimizer, lr, inputs, targets, weight)
+        loss, accuracy = train_step(
+            model, optimizer, lr, inputs, targets, weight, task.train_top_k
+        )
 
         # 2. report
         if not math.isfinite(loss):
@@ -475,13 +481,14 @@ def train_step(
     inputs: Tensor,
     targets: Tensor,
     search_weight: float = 0.0,
+    top_k: int | None = None,
 ) -> tuple[float, float]:
     """One update -> loss and accuracy before it, over the scored tokens of the whole batch.
 
     inputs, targets: (rows, length), of which each process takes its share. search_weight: of
-    resona.search_loss, which the update takes into account; the loss returned is without it. If
-    the loss or its gradient is not finite, the weights stay as they are and the loss returned is
-    not finite.
+    resona.search_loss, which the update takes into account; the loss returned is without it.
+    top_k: chunks retrieved per token, if not as many as in the model's config. If the loss or its
+    gradient is not finite, the weights stay as they are and the loss returned is not finite.
     """
     optimizer.param_groups[0]["lr"] = lr
     n_rows = len(inputs)
@@ -491,11 +498,13 @@ def train_step(
         targets = targets[RANK::WORLD]
 
     # 1. forward and backward
+    options: dict[str, Any] = {}
+    if top_k is not None:
+        options["top_k"] = top_k
     trace: list[dict[str, Tensor]] = []
     if search_weight > 0:
-        logits, _ = model(inputs, trace=trace)  # (rows, length, vocab_size)
-    else:
-        logits, _ = model(inputs)
+        options["trace"] = trace
+    logits, _ = model(inputs, **options)  # (rows, length, vocab_size)
     loss_sum = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )

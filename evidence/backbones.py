@@ -296,7 +296,7 @@ def copying(
         lr = RATE * min((step + 1) / 20, 1 - step / steps)
         inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
         weight = train_toy.search_weight(step, steps)
-        train_toy.train_step(model, optimizer, lr, inputs, targets, weight)
+        train_toy.train_step(model, optimizer, lr, inputs, targets, weight, train_toy.TRAIN_TOP_K)
     model.eval()
     report: dict[str, Any] = {}
     for length in (32, 128):

@@ -1,7 +1,11 @@
-"""Two further models of equal size: retrieval alone, and a Transformer without positions."""
+"""
+Further models: retrieval alone and a Transformer without positions, of equal size; and "narrow",
+the recurrence as it is inside Resona, which is smaller.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ import train_toy
 from resona import BACKBONES, Layer, Resona, Retrieval
 from train_toy import CausalAttention
 
-MODELS = (*train_toy.MODELS, "retrieval", "nope")
+MODELS = (*train_toy.MODELS, "retrieval", "nope")  # of equal size
 
 
 class NoRecurrence(nn.Module):
@@ -37,7 +41,11 @@ BACKBONES.update(retrieval=NoRecurrence, nope=NoPositions)
 def make_model(name: str, backbone: Any, task: Any) -> Resona:
     """
     As train_toy.make_model. Retrieval alone spends on width what Resona spends on the recurrence.
+    "narrow" is Resona without its branch, and with nothing in its place.
     """
+    if name == "narrow":
+        config = train_toy.make_model("resona", backbone, task).config
+        return Resona(replace(config, retrieval=False))
     if name != "retrieval":
         return train_toy.make_model(name, backbone, task)
     with_retrieval = task.config.get("retrieval", True)

@@ -137,7 +137,7 @@ def peak_memory(device: str) -> float:
 
 
 def more_chunks(task: Any) -> int | None:
-    """The k of its tests, besides that of training: tasks of many look-ups gain from it."""
+    """The k of its tests, besides that of its config: tasks of many look-ups gain from it."""
     return getattr(task, "test_top_k", None)
 
 
@@ -221,7 +221,7 @@ def run(
         "backbone": args.backbone,
     }
     if "resona" in models and more_chunks(task):
-        report["resona_at_training_top_k"] = scores["resona"]
+        report["resona_at_config_top_k"] = scores["resona"]
     save(args.out, report)
     return scores, report, trained
 
@@ -519,10 +519,11 @@ class Zero(nn.Module):
 
 @dataclass(frozen=True)
 class Change:
-    """Other sizes, or a branch of another class."""
+    """Other sizes, a branch of another class, or another number of chunks in training."""
 
     config: dict[str, Any] = field(default_factory=dict)
     branch: type[Retrieval] = Retrieval
+    train_top_k: int | None = None
 
 
 SMALLEST = {"chunk_size": 1, "top_k": 8, "d_search": 64}  # chunks, and a wider search for so many
@@ -531,10 +532,10 @@ ABLATIONS = {
     "chunks of 4 tokens": Change({"chunk_size": 4}),
     "chunks of 8 tokens": Change({"chunk_size": 8}),
     "search of width 64": Change({"d_search": 64}),
-    "top_k 1 in training": Change({"top_k": 1}),
-    "top_k 2 in training": Change({"top_k": 2}),
-    "top_k 4 in training": Change({"top_k": 4}),  # as most tasks have it anyway
-    "top_k 8 in training": Change({"top_k": 8}),
+    "top_k 1 in training": Change(train_top_k=1),
+    "top_k 2 in training": Change(train_top_k=2),
+    "top_k 4 in training": Change(train_top_k=4),
+    "top_k 16 in training": Change(train_top_k=16),
     "retrieval in layer 0 only": Change({"retrieval": [0]}),
     "retrieval in layer 1 only": Change({"retrieval": [1]}),
     "keys not one step late": Change(branch=KeysInPlace),
@@ -558,6 +559,7 @@ def ablated(label: str, task: Any, args: argparse.Namespace) -> tuple[Any, Reson
     change = ABLATIONS[label]
     task = copy.copy(task)
     task.config = {**task.config, **change.config}
+    task.train_top_k = change.train_top_k or task.train_top_k
     torch.manual_seed(args.seed)
     model = make_model("resona", args.backbone, task).to(args.device)
     for layer in model.layers:
@@ -568,7 +570,7 @@ def ablated(label: str, task: Any, args: argparse.Namespace) -> tuple[Any, Reson
 
 def ablate(args: argparse.Namespace, task: Any) -> None:
     """
-    Token accuracy with the top_k of training / with the larger one of the tests, if there is one;
+    Token accuracy with the top_k of the config / with the larger one of the tests, if there is one;
     over several seeds, mean and standard deviation.
     """
     lines = []
@@ -605,7 +607,7 @@ def ablate(args: argparse.Namespace, task: Any) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = train_toy.make_parser([*TASKS, "all"], ALL_MODELS)
+    parser = train_toy.make_parser([*TASKS, "all"], [*ALL_MODELS, "narrow"])
     parser.prog = "evidence.run"
     parser.description = __doc__.split("\n")[0]
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Thirteen further tasks for the models of train_toy.py, after their papers: rows to train and test.
+"""Thirteen further tasks for the models of train_toy.py, after their papers.
 
 Each has what train_toy.Copying has; a drawing shows its rows. `-` in a row of targets: nothing is
 scored there.
@@ -24,6 +24,7 @@ from train_toy import (
     IGNORE,
     SEPARATOR,
     START,
+    TRAIN_TOP_K,
     Rng,
     Rows,
     Scored,
@@ -38,6 +39,7 @@ Sizes = tuple[int, ...]
 def rates(recurrence: float, resona: float, transformer: float) -> dict[str, float]:
     return {
         "recurrence": recurrence,
+        "narrow": recurrence,
         "resona": resona,
         "retrieval": resona,
         "transformer": transformer,
@@ -93,6 +95,7 @@ class Ngram:
     lr = rates(1e-2, 3e-3, 3e-3)
     steps = 1500
     config: dict[str, Any] = {}
+    train_top_k = TRAIN_TOP_K
     test_top_k = 16
 
     def batch(self, rng: Rng) -> Rows:
@@ -150,6 +153,7 @@ class Mqar:
     lr = rates(3e-3, 3e-3, 3e-3)
     steps = 800
     config = {"chunk_size": 2}
+    train_top_k = TRAIN_TOP_K
     test_top_k = 16
 
     def batch(self, rng: Rng) -> Rows:
@@ -213,6 +217,7 @@ class Recall:
     lr = rates(1e-2, 3e-3, 1e-2)
     steps = 600
     config = {"chunk_size": 2}
+    train_top_k = TRAIN_TOP_K
     test_top_k = None
     keys = 8
     sizes = (1,)
@@ -282,6 +287,7 @@ class Selective:
     lr = rates(1e-2, 1e-2, 1e-2)
     steps = 800
     config: dict[str, Any] = {}
+    train_top_k = TRAIN_TOP_K
     test_top_k = None
 
     def batch(self, rng: Rng) -> Rows:
@@ -319,6 +325,7 @@ class Memorize:
     lr = rates(1e-2, 1e-2, 1e-2)
     steps = 400
     config: dict[str, Any] = {}
+    train_top_k = TRAIN_TOP_K
     test_top_k = None
 
     def batch(self, rng: Rng) -> Rows:
@@ -352,6 +359,7 @@ class Compress:
     lr = rates(3e-3, 3e-3, 3e-3)
     steps = 4000
     config: dict[str, Any] = {}
+    train_top_k = TRAIN_TOP_K
     test_top_k = None
 
     def batch(self, rng: Rng) -> Rows:
@@ -443,6 +451,7 @@ class Overwritten:
     lr = rates(3e-3, 3e-3, 3e-3)
     steps = 1500
     config = {"chunk_size": 2}
+    train_top_k = TRAIN_TOP_K
     test_top_k = None
     updates = 0.5  # share of the keys that are bound twice
 
@@ -515,11 +524,11 @@ class Needle:
     lengths = [512, 1024, 4096, 16384]
     lr = rates(1e-2, 3e-3, 3e-3)
     steps = 700
+    train_top_k = TRAIN_TOP_K
     test_top_k = None
     config = {
         "chunk_size": 2,
         "d_conv": 2,
-        "top_k": 8,
         "retrieval": [0],
         "search": "ivf",
         "nprobe": 1,
@@ -571,6 +580,7 @@ class Phonebook:
     lr = rates(1e-2, 3e-3, 3e-3)
     steps = 500
     config = {"d_conv": 8}
+    train_top_k = TRAIN_TOP_K
     test_top_k = 16
 
     def batch(self, rng: Rng) -> Rows:
@@ -692,8 +702,9 @@ class Text:
     lengths = [TEXT_ROW, LONG_ROW, 8192]
     lr = {**rates(3e-2, 1e-2, 1e-2), "retrieval": 1e-2}
     steps = 700
-    test_top_k = None
-    config = {"chunk_size": 2, "d_conv": 8, "top_k": 16, "retrieval": [0]}
+    train_top_k = 16
+    test_top_k = 16
+    config = {"chunk_size": 2, "d_conv": 8, "retrieval": [0]}
 
     def __init__(self, data: Path | None = None):
         self.train, self.validation, self.held_out = read_text(data)
@@ -740,7 +751,7 @@ class Copying(train_toy.Copying):
 
 class Bilingual(train_toy.Bilingual):
     models = ("recurrence", "retrieval", "resona", "transformer")
-    lr = {**train_toy.Bilingual.lr, "retrieval": 3e-3, "nope": 3e-3}
+    lr = {**train_toy.Bilingual.lr, "narrow": 2e-3, "retrieval": 3e-3, "nope": 3e-3}
 
 
 TASKS: dict[str, Callable[..., Any]] = {

@@ -247,7 +247,7 @@ def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
 def test_a_foreign_recurrence_copies_with_the_branch(name, monkeypatch):
     monkeypatch.setattr(backbones, "ROW", 70)
     monkeypatch.setattr(Copying, "config", {"chunk_size": 2, "n_layer": 1})
-    score = backbones.copying(foreign(name), "resona", steps=90)
+    score = backbones.copying(foreign(name), "resona", steps=120)
     print(f"\n{name}: of 32 letters {score['32']:.3f} right, of 128 {score['128']:.3f}", end="")
     assert score["32"] > 0.9
 

@@ -288,6 +288,13 @@ def test_the_models_have_equal_parameters(name, backbone):
     assert len(widths) == 1
 
 
+def test_narrow_is_resona_without_its_branch():
+    resona, narrow = (make_model(name, "gated", TASKS["text"]()) for name in ("resona", "narrow"))
+    of_recurrence = {name for name in resona.state_dict() if ".retrieval." not in name}
+    assert set(narrow.state_dict()) == of_recurrence
+    assert narrow.config.d_model == resona.config.d_model and count(narrow) < count(resona)
+
+
 def test_retrieval_alone_does_not_read_what_is_not_counted():
     model = make_model("retrieval", "gated", TASKS["bilingual"]())
     tokens = torch.arange(60).view(2, 30)
@@ -349,7 +356,7 @@ def test_every_task_runs(name, tmp_path, capsys):
     assert {"task", "seed", "device", "torch"} <= report.keys()
     assert report["task"] == name
     more_chunks = TASKS[name]().test_top_k is not None
-    assert ("resona_at_training_top_k" in report) == more_chunks
+    assert ("resona_at_config_top_k" in report) == more_chunks
     for part in ("train_seconds", "parameters", "results"):
         assert tuple(report[part]) == models
     kinds = {"token_accuracy", "sequence_accuracy", "bits_per_token", "seconds", "peak_gib"}
@@ -503,10 +510,35 @@ def test_ablations_change_what_they_say():
     inputs = torch.as_tensor(inputs[:2, :40])
     outputs = []
     for label in run.ABLATIONS:
-        _, model = run.ablated(label, task, args)
-        outputs.append(model(inputs)[0])
+        if label not in OF_TRAINING:
+            _, model = run.ablated(label, task, args)
+            outputs.append(model(inputs)[0])
     for i, j in itertools.combinations(range(len(outputs)), 2):
         assert not torch.allclose(outputs[i], outputs[j])
+
+
+OF_TRAINING = [label for label in run.ABLATIONS if label.endswith("in training")]
+OF_TRAINING += ["no search loss", "α without the score", "α with the score, no gradient"]
+
+
+def test_ablations_of_the_training_change_no_more_than_what_is_learned():
+    args = run.parse([])
+    batch = TASKS["copy"]().batch(np.random.default_rng(0))
+    inputs, targets = (torch.as_tensor(x[:2, :60]) for x in batch)
+    updated = []
+    first = []
+    for label in ["as it is", *OF_TRAINING]:
+        task, model = run.ablated(label, TASKS["copy"](), args)
+        for layer in model.layers:
+            layer.retrieval.trust.data.fill_(0.1)  # or the score has no gradient yet
+        first.append(model(inputs)[0])
+        optimizer = train_toy.make_optimizer(model, "cpu")
+        train_toy.train_step(model, optimizer, 1e-2, inputs, targets, 0.1, task.train_top_k)
+        updated.append(model(inputs)[0])
+        assert model.config.top_k == 4
+    for i, j in itertools.combinations(range(len(updated)), 2):
+        assert torch.equal(first[i], first[j])
+        assert not torch.equal(updated[i], updated[j])
 
 
 @pytest.mark.usefixtures("few_rows")
@@ -526,9 +558,9 @@ def test_ablations_train_and_leave_no_checkpoint(tmp_path, monkeypatch, capsys):
 @pytest.mark.usefixtures("few_rows")
 def test_an_ablation_of_two_seeds_is_that_of_each(tmp_path, capsys):
     def ran(flags):
-        flags += " --ablate 'top_k 8 in training' --steps 2 --lengths 8 --device cpu"
+        flags += " --ablate 'top_k 16 in training' --steps 2 --lengths 8 --device cpu"
         assert run_with(flags, tmp_path) == 0
-        path = tmp_path / "ablate" / "top_k-8-in-training" / "scores.json"
+        path = tmp_path / "ablate" / "top_k-16-in-training" / "scores.json"
         every = itertools.chain(*json.loads(path.read_text()))
         return [(one["8"]["token_accuracy"], one["8"]["bits_per_token"]) for one in every]
 
@@ -672,7 +704,7 @@ def test_needle_can_do_without_outliers():
         (["--data", "none.txt", "--task", "text"], ["none.txt", "No such file"]),
         (["--sweep", "--seeds", "3"], ["one seed", "3"]),
         (["--sweep", "--ablate"], ["--sweep", "--ablate"]),
-        (["--ablate", "--task", "mqar"], ["bilingual"]),
+        (["--ablate", "--task", "compress"], ["compress"]),
         (["--lengths", "33", "--task", "bilingual"], ["1 to 32"]),
         (["--sweep", "0.1", "0"], ["--sweep", "0.0"]),
         (["--d-model", "0"], ["--d-model", "0"]),
