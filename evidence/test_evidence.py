@@ -61,7 +61,7 @@ def test_rows_fit_the_task(name):
         assert 0 <= inputs.min() and inputs.max() < task.vocab_size
         scored = targets[targets != IGNORE]
         assert len(scored) and 0 <= scored.min() and scored.max() < task.vocab_size
-    assert set(task.lr) == {*MODELS} and tasks.LIMITS.keys() == TASKS.keys()
+    assert set(task.lr) == {*MODELS, "narrow"} and tasks.LIMITS.keys() == TASKS.keys()
 
 
 def test_bilingual_rows_are_as_drawn():
