@@ -402,8 +402,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def search_weight(step: int, steps: int) -> float:
-    """The weight of resona.search_loss: grows from zero, as at first the attention has nothing to
-    teach, and a search that follows it learns late."""
+    """The weight of resona.search_loss, which grows linearly from zero.
+
+    At first attention has not learned anything, and a search that imitates it learns late.
+    """
     return SEARCH_LOSS * step / steps
 
 

@@ -294,9 +294,15 @@ def copying(
     for step in range(steps):
         inputs, targets = packed(rng, copy_string, 4, 32, ROW)
         lr = RATE * min((step + 1) / 20, 1 - step / steps)
-        inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
-        weight = train_toy.search_weight(step, steps)
-        train_toy.train_step(model, optimizer, lr, inputs, targets, weight, train_toy.TRAIN_TOP_K)
+        train_toy.train_step(
+            model,
+            optimizer,
+            lr,
+            torch.as_tensor(inputs),
+            torch.as_tensor(targets),
+            train_toy.search_weight(step, steps),
+            train_toy.TRAIN_TOP_K,
+        )
     model.eval()
     report: dict[str, Any] = {}
     for length in (32, 128):

@@ -488,7 +488,7 @@ class NoTrust(Retrieval):
 
 
 class DetachedTrust(Retrieval):
-    """α sees the score of the best chunk, but is no way by which the loss trains the search."""
+    """α sees the score of the best chunk, but sends no gradient to it."""
 
     def mixing_weight(self, yu: Tensor, score: Tensor, index: Tensor) -> Tensor:
         return super().mixing_weight(yu, score.detach(), index)
