@@ -1,21 +1,22 @@
-"""
-Further models: retrieval alone and a Transformer without positions, of equal size; and "narrow",
-the recurrence as it is inside Resona, which is smaller.
+"""The models that are compared, by name.
+
+Those of `train_toy.py` (recurrence, resona, transformer), retrieval alone, a Transformer without
+positions, other recurrences, and recurrences with a smaller state.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import train_toy
-from resona import BACKBONES, Layer, Resona, Retrieval
+from resona import BACKBONES, GatedRecurrence, Layer, Resona, Retrieval, SelectiveSSM
 from train_toy import CausalAttention
-
-MODELS = (*train_toy.MODELS, "retrieval", "nope")  # of equal size
 
 
 class NoRecurrence(nn.Module):
@@ -35,21 +36,85 @@ class NoPositions(CausalAttention):
         return x
 
 
-BACKBONES.update(retrieval=NoRecurrence, nope=NoPositions)
+class SmallState(nn.Module):
+    """The gated recurrence on d_state channels, between two linear maps."""
+
+    def __init__(self, d_model: int, d_state: int):
+        super().__init__()
+        self.in_proj = nn.Linear(d_model, d_state, bias=False)
+        self.recurrence = GatedRecurrence(d_state)
+        self.out_proj = nn.Linear(d_state, d_model, bias=False)
+
+    def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        h, state = self.recurrence(self.in_proj(u), state)
+        return self.out_proj(h), state
+
+
+def gru(d_model: int) -> nn.Module:
+    return nn.GRU(d_model, d_model, batch_first=True)
+
+
+BACKBONES["retrieval"] = NoRecurrence
+BACKBONES["nope"] = NoPositions
+BACKBONES["gru"] = gru
+STATES = (64, 32, 16, 8)  # numbers per layer
+for size in STATES:
+    BACKBONES[f"state-{size}"] = partial(SmallState, d_state=size)
+EXPANSIONS = (1, 4, 16)  # states per channel of the SSM
+for n in EXPANSIONS:
+    BACKBONES[f"ssm-{n}"] = partial(SelectiveSSM, d_state=n)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a model consists of. All are as large as Resona on `gated`, but for the narrow ones."""
+
+    label: str  # in tables
+    backbone: str  # a name in BACKBONES
+    retrieval: bool = False
+    narrow: bool = False  # Resona of the same width with its branch taken out, and so smaller
+
+
+MODELS = {
+    "recurrence": Kind("recurrence alone", "gated"),
+    "retrieval": Kind("retrieval alone", "retrieval", retrieval=True),
+    "transformer": Kind("Transformer, rotary positions", "transformer"),
+    "nope": Kind("Transformer, no positions", "nope"),
+    "resona": Kind("**Resona**", "gated", retrieval=True),
+    "narrow": Kind("recurrence alone, as wide as Resona's", "gated", narrow=True),
+    "ssm": Kind("selective SSM alone", "ssm"),
+    "resona-ssm": Kind("**Resona** on the selective SSM", "ssm", retrieval=True),
+    "gru": Kind("`nn.GRU` alone", "gru"),
+    "resona-gru": Kind("**Resona** on `nn.GRU`", "gru", retrieval=True),
+}
+for size in STATES:
+    label = f"state of {size}"
+    MODELS[f"narrow-{size}"] = Kind(f"recurrence alone, {label}", f"state-{size}", narrow=True)
+    MODELS[f"resona-{size}"] = Kind(f"**Resona**, {label}", f"state-{size}", retrieval=True)
+for n in EXPANSIONS:
+    MODELS[f"ssm-{n}"] = Kind(f"selective SSM alone, N = {n}", f"ssm-{n}")
 
 
 def make_model(name: str, backbone: Any, task: Any) -> Resona:
+    """A new model of this name for a task.
+
+    backbone: another recurrence than MODELS says, by its name or as a function of d_model; or None.
+    Retrieval alone spends on width what Resona spends on the recurrence, and a recurrence alone
+    what Resona spends on the branch.
     """
-    As train_toy.make_model. Retrieval alone spends on width what Resona spends on the recurrence.
-    "narrow" is Resona without its branch, and with nothing in its place.
-    """
-    if name == "narrow":
+    kind = MODELS[name]
+    backbone = backbone or kind.backbone
+    if kind.narrow:
         config = train_toy.make_model("resona", backbone, task).config
         return Resona(replace(config, retrieval=False))
-    if name != "retrieval":
-        return train_toy.make_model(name, backbone, task)
-    with_retrieval = task.config.get("retrieval", True)
-    return train_toy.make_model(name, backbone, task, with_retrieval, count)
+    if name == "retrieval":
+        with_retrieval = task.config.get("retrieval", True)
+        return train_toy.make_model(name, "gated", task, with_retrieval, count)
+    if kind.retrieval:
+        return train_toy.make_model("resona", backbone, task)
+    if name in ("transformer", "nope"):
+        return train_toy.make_model(name, "gated", task)
+    return train_toy.make_model("recurrence", backbone, task)
 
 
 def count(model: Resona) -> int:
@@ -67,11 +132,12 @@ def reads_yu(branch: Retrieval) -> list[nn.Linear]:
     return [branch.search_q_proj, branch.q_proj, branch.alpha_proj]
 
 
-def replace_branch(layer: Layer, kind: type[Retrieval], **options: Any) -> None:
+def replace_branch(layer: Layer, make: Callable[..., Retrieval], **options: Any) -> None:
     """Put a branch of another class into a layer, of the same sizes and with the same weights."""
     old = layer.retrieval
+    assert old is not None
     d_search, d_model = old.chunk_encoder.proj.weight.shape
-    new = kind(d_model, old.n_head, old.chunk_size, old.top_k, d_search, **options)
+    new = make(d_model, old.n_head, old.chunk_size, old.top_k, d_search, **options)
     new.to(old.o_proj.weight)
-    new.load_state_dict(old.state_dict(), strict=False)  # of a part that was taken out it has none
+    new.load_state_dict(old.state_dict(), strict=False)  # a part that was taken out has no weights
     layer.retrieval = new

@@ -1,29 +1,37 @@
-"""The pictures of the README, drawn from what was measured.
+"""The pictures of README.md and evidence/README.md: `python -m evidence.report` draws them.
 
-    python -m evidence.draw results.json [results.json ...]
-
-Writes evidence/pictures/architecture.png; of what evidence.cost and evidence.choose wrote, cost.png
-and choose.png; and of the results.json files given (one or more seeds of copying, of all models),
-accuracy.png. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import sys
+import statistics
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from evidence import choose
-from evidence.cost import RESULTS
+from evidence import report
+from evidence.reproduce import SEEDS
 
 PICTURES = Path(__file__).with_name("pictures")
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+SKY, PINK = "#56B4E9", "#CC79A7"
+STYLES = {  # model -> label, colour, line
+    "recurrence": ("recurrence alone", GREY, "s--"),
+    "narrow": ("recurrence, Resona's width", PINK, "x--"),
+    "retrieval": ("retrieval alone", ORANGE, "^-."),
+    "transformer": ("Transformer, rotary", RED, "v--"),
+    "nope": ("Transformer, no positions", GREEN, "d:"),
+    "resona": ("Resona", BLUE, "o-"),
+}
 plt.rcParams.update({"font.size": 11, "figure.dpi": 100, "figure.constrained_layout.use": True})
+
+
+# --------------------------------------------------------------------------------------------------
+# How it works
 
 
 def box(
@@ -93,7 +101,7 @@ def draw_layer(ax) -> None:
     arrow(ax, (5.27, 1.2), (6.23, 1.2))
     arrow(ax, (7.77, 1.2), (8.33, 1.2))
     arrow(ax, (8.3, 3), (8.3, 2.2), (7.0, 2.2), (7.0, 1.53), colour=BLUE)
-    ax.text(7.65, 2.27, "y and u ask", ha="center", color=BLUE, fontsize=10)
+    ax.text(7.65, 2.27, "queries", ha="center", color=BLUE, fontsize=10)
     arrow(ax, (10.07, 1.2), (10.6, 1.2), (10.6, 2.67))
     ax.text(10.7, 1.9, "r", fontsize=10)
     ax.set(xlim=(0.2, 12.4), ylim=(0.7, 3.5))
@@ -101,8 +109,8 @@ def draw_layer(ax) -> None:
 
 
 def draw_strip(ax) -> None:
-    """What a token asks and finds: copying $cat|cat with chunks of two."""
-    text, U, asking = "$cat|ca", 2, 6
+    """What a token's query finds: copying $cat|cat with chunks of two."""
+    text, U, reading = "$cat|ca", 2, 6
     for p, letter in enumerate(text):
         ax.add_patch(
             Rectangle((p, 0), 0.94, 0.8, fc=ORANGE if p // U == 1 else "white", ec=GREY, alpha=0.5)
@@ -114,7 +122,7 @@ def draw_strip(ax) -> None:
     ax.annotate(
         "",
         (3.3, 0.85),
-        (asking + 0.47, 0.85),
+        (reading + 0.47, 0.85),
         arrowprops={
             "arrowstyle": "-|>",
             "connectionstyle": "arc3,rad=0.32",
@@ -125,15 +133,15 @@ def draw_strip(ax) -> None:
     ax.text(
         4.9,
         1.62,
-        "I have read “ca”: where did something follow it?",
+        "query: what followed “ca” before?",
         ha="center",
         color=BLUE,
         fontsize=10,
     )
     notes = (
-        "Chunks of U = 2 tokens may be opened once they ended. The key of “t”",
-        "describes what came before t: “ca”. Its value is t itself: so one",
-        "look-up says what comes next, an induction head in one layer.",
+        "A chunk of U = 2 tokens can be retrieved once it has ended. The key of",
+        "“t” describes what came before it, “ca”; its value is t itself. So one",
+        "look-up says what comes next: an induction head in one layer.",
     )
     ax.text(7.6, 0.4, "\n".join(notes), va="center", fontsize=10.5)
     ax.set(xlim=(-0.2, 14.2), ylim=(-0.65, 2.0))
@@ -147,28 +155,19 @@ def architecture() -> None:
     figure.savefig(PICTURES / "architecture.png")
 
 
-def accuracy(files: list[str]) -> None:
-    """Share of tokens right by length: mean over the seeds, lines through them."""
-    curves: dict[str, list[dict]] = {}
-    for file in files:
-        report = json.loads(Path(file).read_text())
-        for name, scores in report["results"].items():
-            curves.setdefault(name, []).append(scores)
-    style = {
-        "recurrence": ("recurrence alone", GREY, "s--"),
-        "transformer": ("Transformer, rotary", RED, "v--"),
-        "nope": ("Transformer, no positions", GREEN, "d:"),
-        "resona": ("Resona", BLUE, "o-"),
-    }
+# --------------------------------------------------------------------------------------------------
+# What was measured
+
+
+def accuracy() -> None:
+    """Copying: token accuracy by length of the string, mean over the seeds."""
     figure, ax = plt.subplots(figsize=(9, 3.6))
-    for name, (label, colour, line) in style.items():
-        if name in curves:
-            lengths = [int(n) for n in curves[name][0]]
-            means = [
-                np.mean([one[str(n)]["token_accuracy"] for one in curves[name]]) for n in lengths
-            ]
-            hollow = {"mfc": "none", "ms": 11} if name == "nope" else {}  # it lies on Resona's
-            ax.plot(lengths, means, line, color=colour, label=label, **hollow)
+    lengths = [int(test) for test in report.COPY]
+    for model in report.HEADLINE:
+        label, colour, line = STYLES[model]
+        means = [mean(report.scores(report.runs("copy", model), str(n))) for n in lengths]
+        hollow: dict[str, Any] = {"mfc": "none", "ms": 11} if model == "nope" else {}
+        ax.plot(lengths, means, line, color=colour, label=label, **hollow)  # nope is near Resona
     ax.axvspan(28, 32, color="0.9")
     ax.text(32.6, 0.02, "longest in\ntraining", fontsize=9.5, va="bottom")
     ax.set_xscale("log", base=2)
@@ -177,101 +176,94 @@ def accuracy(files: list[str]) -> None:
         xticklabels=lengths,
         xlim=(28, lengths[-1] * 1.08),
         xlabel="length of the string, letters",
-        ylabel="share of tokens right",
+        ylabel="token accuracy",
     )
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(PICTURES / "accuracy.png")
 
 
+def text_places() -> None:
+    """Bits per byte by position in a text of 8,192 bytes, mean over the seeds."""
+    figure, ax = plt.subplots(figsize=(9, 3.6))
+    starts = [int(test.split()[1]) for test in report.PLACES]
+    middles = [(start * end) ** 0.5 for start, end in itertools.pairwise([*starts[1:], 8192])]
+    for model, (label, colour, line) in STYLES.items():
+        runs = report.runs("text", model)
+        bits = [mean(report.scores(runs, test, report.BITS)) for test in report.PLACES]
+        ax.plot([24, *middles], bits, line, color=colour, label=label)
+    ax.set_xscale("log", base=2)
+    ax.set(
+        xticks=[32, 128, 512, 2048, 8192],
+        xticklabels=["32", "128", "512", "2k", "8k"],
+        xlabel="position in the text, bytes",
+        ylabel="bits per byte",
+    )
+    ax.minorticks_off()
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(PICTURES / "text.png")
+
+
+def small_states() -> None:
+    """Accuracy by the numbers of the recurrence's state, with the branch and without."""
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.0), sharey=True)
+    tests = {"copy": "32", "mqar": "32", "bilingual": "16"}
+    for ax, (task, test) in zip(axes, tests.items(), strict=True):
+        for model, like in (("resona", "resona"), ("narrow", "recurrence")):
+            label, colour, line = STYLES[like]
+            means = []
+            for size in report.STATES:
+                names = [f"states/{task}/{model}-{size}/seed-{seed}" for seed in SEEDS]
+                means.append(mean(report.scores(report.results(names), test)))
+            ax.plot(report.STATES, means, line, color=colour, label=label)
+        ax.set_xscale("log", base=2)
+        ax.set(title=task, xlabel="numbers in the state", ylim=(-0.05, 1.05))
+        ax.set(xticks=report.STATES, xticklabels=report.STATES)
+        ax.minorticks_off()
+    axes[0].set_ylabel("token accuracy")
+    axes[1].legend(frameon=False, fontsize=9.5)
+    figure.savefig(PICTURES / "states.png")
+
+
 def cost() -> None:
-    """Time a token by length, of training, reading a prompt and decoding."""
-    kinds = json.loads(RESULTS.read_text())["microseconds_a_token"]
+    """Time per token by length, of training, prefill and decoding."""
+    kinds = report.result("cost/by-length")
+    assert kinds is not None
     style = {
         "recurrence": (GREY, "s--"),
         "Resona": (BLUE, "o-"),
-        "Resona, ivf": (ORANGE, "o:"),
+        "Resona, ivf": (SKY, "o:"),
         "attention": (RED, "v--"),
     }
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
     for ax, (kind, models) in zip(axes, kinds.items(), strict=True):
         for name, by_length in models.items():
             colour, line = style[name]
-            ax.loglog(
-                [int(n) for n in by_length],
-                [by_length[n] / 1000 for n in by_length],
-                line,
-                color=colour,
-                label=name,
-            )
+            lengths = [int(n) for n in by_length]
+            times = [by_length[str(n)] / 1000 for n in lengths]
+            ax.loglog(lengths, times, line, color=colour, label=name)
         ax.set_xscale("log", base=2)
-        ax.set(
-            title=kind,
-            xlabel="tokens of text",
-            xticks=[256, 2048, 16384],
-            xticklabels=["256", "2k", "16k"],
-        )
+        ax.set(title=kind, xlabel="tokens of text")
+        ax.set(xticks=[256, 2048, 16384], xticklabels=["256", "2k", "16k"])
         ax.minorticks_off()
-    axes[0].set_ylabel("ms a token, batch 1, one thread")
+    axes[0].set_ylabel("ms per token, batch 1, one thread")
     axes[1].legend(frameon=False, fontsize=9.5)
     figure.savefig(PICTURES / "cost.png")
 
 
-def choice() -> None:
-    """
-    Accuracy against the time of reading a token: a row of panels for each length, a column for each
-    task.
-    """
-    report = json.loads(choose.RESULTS.read_text())
-    style = {
-        "Resona, k = 1 to 32": ("resona k=", BLUE, "o-"),
-        "Resona, inverted file": ("resona ivf", ORANGE, "o:"),
-        "Transformer, rotary": ("transformer", RED, "v"),
-        "Transformer, no positions": ("nope", GREEN, "d"),
-        "recurrences, state of 1, 4, 16": ("ssm", GREY, "s--"),
-    }
-    lengths = list(report["microseconds_a_token"])
-    figure, axes = plt.subplots(
-        len(lengths), 3, figsize=(9, 2.1 * len(lengths) + 0.9), sharex=True, sharey=True
-    )
-    tasks = list(report["results"])
-    for row, column in itertools.product(range(len(lengths)), range(len(tasks))):
-        length, task = lengths[row], tasks[column]
-        ax = axes[row, column]
-        scores = report["results"][task][length]
-        time = report["microseconds_a_token"][length]
-        for label, (start, colour, line) in style.items():
-            shown = [name for name in scores if name.startswith(start)]
-            ax.semilogx(
-                [time[name]["prompt"] for name in shown],
-                [np.mean(scores[name]["token_accuracy"]) for name in shown],
-                line,
-                color=colour,
-                label=label,
-                ms=5 if shown[1:] else 8,
-            )
-        if row == 0:
-            ax.set_title({"copy": "copying", "mqar": "MQAR", "bilingual": "bilingual"}[task])
-        if column == 0:
-            ax.set_ylabel(f"{int(length):,} tokens:\nshare right")
-        ax.set(
-            ylim=(-0.07, 1.07),
-            xticks=(5, 10, 20, 50, 100),
-            xticklabels=("5", "10", "20", "50", "100"),
-        )
-        ax.minorticks_off()
-    figure.supxlabel("µs a token, reading a row of this length at once, one thread", fontsize=11)
-    figure.legend(
-        *axes[-1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
-    )
-    figure.savefig(PICTURES / "choose.png")
+def mean(values: list[float]) -> float:
+    return statistics.mean(values) if values else float("nan")
 
 
-if __name__ == "__main__":
+def draw_all() -> None:
+    """Every picture whose results are there."""
     PICTURES.mkdir(exist_ok=True)
     architecture()
-    if RESULTS.exists():
+    if report.runs("copy", "resona"):
+        accuracy()
+    if report.runs("text", "resona"):
+        text_places()
+    if report.result("states/copy/resona-64/seed-0"):
+        small_states()
+    if report.result("cost/by-length"):
         cost()
-    if choose.RESULTS.exists():
-        choice()
-    if sys.argv[1:]:
-        accuracy(sys.argv[1:])
+    plt.close("all")

@@ -1,0 +1,473 @@
+"""Put what `evidence.reproduce` measured into the tables and pictures.
+
+    python -m evidence.report           # write them
+    python -m evidence.report --check   # only see whether the tables are those of the results
+
+A table stands between two marks in README.md or evidence/README.md; nobody writes there by hand:
+
+    <!-- table copy -->
+    ...
+    <!-- end -->
+
+A number in a sentence stands between marks, too: <!-- number copy resona 512 -->0.993<!-- end -->.
+Only results of the present version of the sources count (see reproduce.py). What was not run yet is
+a dash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
+
+from evidence import reproduce
+from evidence.ablations import ABLATIONS
+from evidence.backbones import FOREIGN
+from evidence.models import MODELS, STATES
+from evidence.reproduce import COMPARISONS, LONG_COPIES, SEEDS, file_name
+from evidence.run import COMPARED, IN_BITS, RATES
+from evidence.tasks import TASKS
+
+PAGES = (reproduce.ROOT / "README.md", reproduce.ROOT / "evidence" / "README.md")
+MARK = re.compile(r"(<!-- (table|number) ([^>]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
+MISSING = "-"
+ACCURACY = "token_accuracy"
+BITS = "bits_per_token"
+
+Result = dict[str, Any]
+Lines = list[str]
+
+
+# --------------------------------------------------------------------------------------------------
+# Results
+
+
+@cache
+def stored() -> dict[str, Result]:
+    """Every result file of the present version: the name of its job -> the whole file."""
+    found = {}
+    for job in reproduce.all_jobs():
+        if reproduce.done(job):
+            found[job.name] = json.loads(reproduce.path_of(job).read_text(encoding="utf-8"))
+    return found
+
+
+def result(name: str) -> Result | None:
+    return stored()[name]["result"] if name in stored() else None
+
+
+def results(names: Iterable[str]) -> list[Result]:
+    """Of those that are there."""
+    return [one for one in map(result, names) if one is not None]
+
+
+def runs(task: str, model: str) -> list[Result]:
+    """Of all seeds, at the model's best rate."""
+    rate = reproduce.chosen_rate(task, model)
+    if rate is None:
+        return []
+    return results(f"{task}/{model}/seed-{seed}-lr-{rate:g}" for seed in range(10))
+
+
+def rate_of(task: str, model: str) -> str:
+    rate = reproduce.chosen_rate(task, model)
+    return MISSING if rate is None else f"{rate:g}"
+
+
+def scores(runs: Iterable[Result], test: str, score: str = ACCURACY) -> list[float]:
+    return [run["tests"][test][score] for run in runs if test in run.get("tests", {})]
+
+
+# --------------------------------------------------------------------------------------------------
+# Cells and tables
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and, of several, standard deviation in brackets."""
+    if not values:
+        return MISSING
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ({statistics.stdev(values):.{digits}f})"
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Mean and standard error of differences of pairs: the same seed, and so the same rows."""
+    pairs = [a - b for a, b in zip(ours, theirs, strict=False)]
+    if len(pairs) < 2:
+        return MISSING
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    share = statistics.mean(pairs) / statistics.mean(theirs[: len(pairs)])
+    return f"{statistics.mean(pairs):+.3f} ± {error:.3f} ({share:+.0%})"
+
+
+def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def comparison(
+    task: str,
+    tests: Sequence[str],
+    models: Sequence[str] = COMPARED,
+    score: str = ACCURACY,
+    headings: Sequence[str] = (),
+) -> Lines:
+    """A row for each model, with its seeds and rate; a column for each test."""
+    rows = []
+    for model in models:
+        found = runs(task, model)
+        cells = [spread(scores(found, test, score)) for test in tests]
+        rows.append([MODELS[model].label, str(len(found)), rate_of(task, model), *cells])
+    return markdown(["", "seeds", "rate", *(headings or tests)], rows)
+
+
+def plain_comparison(task: str, tests: Sequence[str], models: Sequence[str]) -> Lines:
+    """For README.md: means alone."""
+    rows = []
+    for model in models:
+        found = runs(task, model)
+        cells = [spread_mean(scores(found, test)) for test in tests]
+        if model == "resona":
+            cells = [f"**{cell}**" for cell in cells]
+        rows.append([MODELS[model].label, *cells])
+    return markdown(["", *tests], rows)
+
+
+def spread_mean(values: Sequence[float], digits: int = 3) -> str:
+    return f"{statistics.mean(values):.{digits}f}" if values else MISSING
+
+
+def learned(task: str, model: str, tests: Sequence[str], bar: float = 0.95) -> Lines:
+    """How many of the seeds reach `bar` on each test."""
+    rows = []
+    for test in tests:
+        values = scores(runs(task, model), test)
+        reached = sum(value >= bar for value in values)
+        rows.append([test, spread(values), f"{reached} of {len(values)}"])
+    return markdown(["test", "accuracy", f"seeds with {bar}"], rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# The tables, one function for each
+
+COPY = ["32", "64", "128", "256", "512"]
+BILINGUAL = ["16", "16 long", "32", "32 long"]
+MQAR = ["4", "8", "16", "32", "63"]
+OVERWRITTEN = [
+    f"{pairs} {kind}{far}" for pairs in (8, 16) for far in ("", " far") for kind in ("kept", "new")
+]
+NGRAM = [f"{form} {length}" for form in ("prefix", "suffix") for length in (32, 128, 512)]
+TEXT = ["plain 512", "plain 2048", "plain 8192"]
+PLACES = [f"from {start}" for start in (0, 64, 128, 256, 512, 1024, 2048, 4096)]
+AGAIN = ["again 512", "again 2048", "again 8192"]
+HEADLINE = ("recurrence", "transformer", "nope", "resona")
+WITH_SSM = (*COMPARED, "ssm", "resona-ssm")
+
+
+def versions() -> Lines:
+    """What the results have in common; the commit of the newest."""
+    files = list(stored().values())
+    n_jobs = len(list(reproduce.all_jobs()))
+    if not files:
+        return [f"No result of this version yet, of at least {n_jobs}."]
+    newest = max(files, key=lambda file: reproduce.path_named(file["job"]).stat().st_mtime)
+    machine = newest["machine"]
+    hours = sum(file["seconds"] for file in files) / 3600
+    return [
+        f"{len(files)} of {n_jobs} results, {hours:.1f} hours on one thread of an "
+        f"{machine['processor']}, {machine['system']}, Python {machine['python']}, torch "
+        f"{machine['torch']}; model and training have the fingerprint `{newest['fingerprint']}` "
+        f"(commit {newest['commit']})."
+    ]
+
+
+def copy_strings() -> Lines:
+    return comparison("copy", COPY, WITH_SSM, "sequence_accuracy")
+
+
+def text_differences() -> Lines:
+    """Resona against each other model, on the same windows."""
+    ours = runs("text", "resona")
+    rows = []
+    for model in ("recurrence", "narrow", "retrieval", "transformer", "nope"):
+        theirs = runs("text", model)
+        cells = [difference(scores(ours, t, BITS), scores(theirs, t, BITS)) for t in TEXT + AGAIN]
+        rows.append([f"against {MODELS[model].label}", *cells])
+    return markdown(["", *TEXT, *AGAIN], rows)
+
+
+def text_top_k() -> Lines:
+    """Resona with four chunks in the tests, and with 16."""
+    tests = [*TEXT, "seen 2048", "unseen 2048", *AGAIN]
+    four = runs("text", "resona")
+    sixteen = [{"tests": run["tests, k = 16"]} for run in four if "tests, k = 16" in run]
+    recurrence = runs("text", "recurrence")
+    rows = [
+        ["k = 4", *(spread(scores(four, test, BITS)) for test in tests)],
+        ["k = 16", *(spread(scores(sixteen, test, BITS)) for test in tests)],
+        ["recurrence alone", *(spread(scores(recurrence, test, BITS)) for test in tests)],
+    ]
+    return markdown(["", *tests], rows)
+
+
+def mad() -> Lines:
+    """MAD's six tasks: at the length of training, and beyond it."""
+    columns = {
+        "recall": ("128", "512"),
+        "noisy": ("128", "512"),
+        "fuzzy": ("128", "512"),
+        "selective": ("256", "512"),
+        "memorize": ("32", ""),
+        "compress": ("32", ""),
+    }
+    rows = []
+    for task, tests in columns.items():
+        for test in filter(None, tests):
+            cells = [spread(scores(runs(task, model), test)) for model in HEADLINE]
+            rows.append([task, test, *cells])
+    cells = [spread(scores(runs("compress", "narrow"), "32")), "", "", ""]
+    rows.append(["compress, at Resona's width", "32", *cells])
+    return markdown(["", "tokens", *(MODELS[model].label for model in HEADLINE)], rows)
+
+
+def icll() -> Lines:
+    """Legal next symbols and total variation, by length; the n-gram baselines last."""
+    lengths = [str(length) for length in TASKS["icll"]().lengths]
+    rows = []
+    for model in COMPARED:
+        found = [run["distributions"] for run in runs("icll", model) if "distributions" in run]
+        cells = []
+        for score in ("legal", "total_variation"):
+            cells += [spread([run[length][score] for run in found]) for length in lengths]
+        rows.append([MODELS[model].label, str(len(found)), rate_of("icll", model), *cells])
+    baselines = [one for one in (result(f"icll/n-grams/seed-{seed}") for seed in SEEDS) if one]
+    for name in ("bigram", "trigram"):
+        cells = []
+        for score in ("legal", "total_variation"):
+            cells += [spread([one[name][length][score] for one in baselines]) for length in lengths]
+        rows.append([f"{name}s counted in the row", str(len(baselines)), "", *cells])
+    headings = [f"{what}, {n}" for what in ("legal", "total variation") for n in lengths]
+    return markdown(["", "seeds", "rate", *headings], rows)
+
+
+def states() -> Lines:
+    """By the numbers of the recurrence's state: alone, and with the branch."""
+    columns = {"copy": "32", "mqar": "32", "bilingual": "16"}
+    rows = []
+    for size in STATES:
+        cells = []
+        for task, test in columns.items():
+            for model in ("narrow", "resona"):
+                found = results(f"states/{task}/{model}-{size}/seed-{seed}" for seed in SEEDS)
+                cells.append(spread(scores(found, test)))
+        rows.append([str(size), *cells])
+    headings = [f"{task}, {kind}" for task in columns for kind in ("alone", "Resona")]
+    return markdown(["numbers", *headings], rows)
+
+
+def million() -> Lines:
+    lengths = ["1024", "16384", "131072", "1048576"]
+    found = results(f"needle/million/seed-{seed}" for seed in SEEDS)
+    right = [each([20 * share for share in scores(found, n)]) for n in lengths]
+    seconds = [each(scores(found, n, "seconds")) for n in lengths]
+    rows = [["found, of 20", *right], ["seconds", *seconds]]
+    return markdown(["tokens", *(f"{int(n):,}" for n in lengths)], rows)
+
+
+def each(values: Iterable[float]) -> str:
+    """The value of each seed, rounded."""
+    return ", ".join(f"{value:.0f}" for value in values) or MISSING
+
+
+def foreign() -> Lines:
+    rows = []
+    for name in FOREIGN:
+        found = results(f"backbones/{file_name(name)}/seed-{seed}" for seed in SEEDS)
+        cells = [
+            " / ".join(spread([run[model][length] for run in found]) for length in ("32", "128"))
+            for model in ("recurrence", "resona")
+        ]
+        adapter = str(found[0]["adapter"]) if found else MISSING
+        law = f"{max(run['law'] for run in found):.0e}" if found else MISSING
+        rows.append([name, adapter, law, *cells])
+    return markdown(["recurrence", "adapter, lines", "state law", "alone", "with the branch"], rows)
+
+
+def pretrained() -> Lines:
+    found = results(f"pretrained/seed-{seed}" for seed in SEEDS)
+    keys = ("bits", "copied 32", "copied 128")
+    rows = []
+    for stage in found[0] if found else ():
+        cells = [spread([run[stage][key] for run in found]) for key in keys]
+        rows.append([stage, *cells])
+    return markdown(["", "held-out bits", "32 letters", "128 letters"], rows)
+
+
+def ablations(task: str, tests: Sequence[str], labels: Iterable[str], score: str) -> Lines:
+    rows = []
+    for label in labels:
+        names = [f"ablations/{task}/{file_name(label)}/seed-{seed}" for seed in SEEDS]
+        found = results(names) if label != "nothing" else runs(task, "resona")[: len(SEEDS)]
+        rows.append([label, *(spread(scores(found, test, score)) for test in tests)])
+    return markdown(["changed", *tests], rows)
+
+
+def ablations_copy() -> Lines:
+    return ablations("copy", ["32", "128", "512"], reproduce.ABLATED, ACCURACY)
+
+
+def ablations_other() -> Lines:
+    """Bilingual and overwritten, beside nothing changed."""
+    labels = ["nothing", *(label for label in ABLATIONS if has_ablation("bilingual", label))]
+    lines = ["`bilingual`:", "", *ablations("bilingual", BILINGUAL, labels, ACCURACY)]
+    labels = ["nothing", "no search loss"]
+    lines += ["", "`overwritten`:", "", *ablations("overwritten", OVERWRITTEN, labels, ACCURACY)]
+    labels = ["nothing", *(label for label in ABLATIONS if has_ablation("text", label))]
+    return [*lines, "", "`text`, bits:", "", *ablations("text", TEXT + AGAIN, labels, BITS)]
+
+
+def has_ablation(task: str, label: str) -> bool:
+    return f"ablations/{task}/{file_name(label)}/seed-0" in stored()
+
+
+def long_copies() -> Lines:
+    lengths = ["32", "512", "2048", "4096"]
+    found = results(f"ablations/copy/{file_name(LONG_COPIES)}/seed-{seed}" for seed in SEEDS)
+    rows = [
+        ["tokens", *(spread(scores(found, n)) for n in lengths)],
+        ["whole strings", *(spread(scores(found, n, "sequence_accuracy")) for n in lengths)],
+    ]
+    return markdown(["letters", *lengths], rows)
+
+
+def rates() -> Lines:
+    """Every sweep, on validation rows: the best rate of each model in bold."""
+    rows = []
+    for one in COMPARISONS:
+        unit = ", bits" if one.task in IN_BITS else ""
+        for model in one.models:
+            jobs = reproduce.sweep(one.task, model)
+            tried = [job for job in jobs if job.name in stored()]
+            swept = {job.arguments["lr"]: reproduce.validation(job) for job in tried}
+            cells = [rate_cell(swept, rate) for rate in RATES]
+            rows.append([f"{one.task}{unit}", MODELS[model].label.replace("**", ""), *cells])
+    return markdown(["task", "model", *(f"{rate:g}" for rate in RATES)], rows)
+
+
+def rate_cell(swept: dict[float, float], rate: float) -> str:
+    if rate not in swept:
+        return MISSING
+    if swept[rate] == -math.inf:
+        return "diverged"
+    text = f"{abs(swept[rate]):.3f}"
+    is_best = rate == max(swept, key=swept.__getitem__)
+    return f"**{text}**" if is_best else text
+
+
+def cost_by_length() -> Lines:
+    found = result("cost/by-length") or {}
+    rows = []
+    lengths = ["256", "1024", "4096", "16384", "65536"]
+    for kind, models in found.items():
+        for model, by_length in models.items():
+            cells = [f"{by_length[n]:.0f}" if n in by_length else MISSING for n in lengths]
+            rows.append([f"{kind}, {model}", *cells])
+    return markdown(["µs a token", *(f"{int(n):,}" for n in lengths)], rows)
+
+
+TABLES: dict[str, Callable[[], Lines]] = {
+    "versions": versions,
+    "copy": lambda: comparison("copy", COPY, WITH_SSM),
+    "copy plain": lambda: plain_comparison("copy", COPY, HEADLINE),
+    "copy strings": copy_strings,
+    "bilingual": lambda: comparison("bilingual", BILINGUAL, WITH_SSM),
+    "bilingual plain": lambda: plain_comparison("bilingual", BILINGUAL[:3], COMPARED),
+    "mqar": lambda: comparison("mqar", MQAR, WITH_SSM),
+    "overwritten": lambda: comparison("overwritten", OVERWRITTEN),
+    "overwritten learned": lambda: learned("overwritten", "resona", OVERWRITTEN),
+    "ngram": lambda: comparison("ngram", NGRAM),
+    "mad": mad,
+    "text": lambda: comparison("text", TEXT + AGAIN, (*COMPARED, "narrow"), BITS),
+    "text places": lambda: comparison("text", PLACES, (*COMPARED, "narrow"), BITS),
+    "text differences": text_differences,
+    "text top k": text_top_k,
+    "icll": icll,
+    "state": lambda: comparison("state", sorted_tests("state"), (*COMPARED, "gru", "resona-gru")),
+    "states": states,
+    "needle": lambda: comparison("needle", ["512", "1024", "4096", "16384"], HEADLINE),
+    "million": million,
+    "foreign": foreign,
+    "pretrained": pretrained,
+    "ablations": ablations_copy,
+    "ablations other": ablations_other,
+    "long copies": long_copies,
+    "rates": rates,
+    "cost": cost_by_length,
+}
+
+
+def sorted_tests(task: str) -> list[str]:
+    """The tests of a task, as its results have them."""
+    for model in COMPARED:
+        for run in runs(task, model):
+            return list(run.get("tests", {}))
+    return []
+
+
+def number(name: str) -> str:
+    """A number in a sentence: "task model test [score]" -> the mean over the seeds."""
+    task, model, test, *score = (part.replace("_", " ") for part in name.split())
+    which = score[0].replace(" ", "_") if score else BITS if task in IN_BITS else ACCURACY
+    return spread_mean(scores(runs(task, model), test, which))
+
+
+# --------------------------------------------------------------------------------------------------
+# The pages
+
+
+def filled(page: str) -> str:
+    """The page with its tables and numbers as the results have them."""
+
+    def fill(match: re.Match) -> str:
+        start, kind, name, _, end = match.groups()
+        if kind == "number":
+            return f"{start}{number(name)}{end}"
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
+        return "\n".join([start, "", *TABLES[name](), "", end])
+
+    return MARK.sub(fill, page)
+
+
+def main(argv: list[str]) -> int:
+    """Run with these flags -> exit status."""
+    parser = argparse.ArgumentParser("evidence.report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if one differs")
+    args = parser.parse_args(argv)
+    status = 0
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        new = filled(page)
+        if new != page and args.check:
+            print(f"{path.name}: a table differs from its results; run python -m evidence.report")
+            status = 1
+        elif new != page:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path} written")
+    if not args.check:
+        from evidence import pictures
+
+        pictures.draw_all()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

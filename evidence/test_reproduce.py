@@ -1,0 +1,477 @@
+"""The models, one run, learning rates, the program that runs everything, and the tables."""
+
+import json
+import re
+import shlex
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train_toy
+from evidence import ablations, models, report, reproduce, run, tasks
+from evidence.ablations import ABLATIONS
+from evidence.models import MODELS, count, make_model, reads_yu
+from evidence.reproduce import Job
+from evidence.run import Run, make_task, measure
+from evidence.tasks import TASKS
+from resona import Resona, ResonaConfig
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Batches of 4 rows instead of 16."""
+    monkeypatch.setattr(train_toy, "BATCH", 4)
+    monkeypatch.setattr(tasks, "BATCH", 4)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty folder of results."""
+    folder = tmp_path / "results"
+    monkeypatch.setattr(run, "RESULTS", folder)
+    monkeypatch.setattr(reproduce, "RESULTS", folder)
+    monkeypatch.setattr(reproduce, "WORK", tmp_path / "work")
+    report.stored.cache_clear()
+    yield folder
+    report.stored.cache_clear()
+
+
+def store(job, result):
+    """Write a result file as run_one does."""
+    path = reproduce.path_of(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arguments = json.loads(json.dumps(job.arguments))
+    file = {"job": job.name, "arguments": arguments, **reproduce.fingerprints(job)}
+    path.write_text(json.dumps({**file, "seconds": 1.0, "result": result}))
+
+
+def accuracy(value, test="32"):
+    scores = {"token_accuracy": value, "sequence_accuracy": 0.0, "bits_per_token": 1.0}
+    return {"validation": value, "tests": {test: scores}}
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and ablations
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_all_models_but_the_narrow_ones_are_as_large_as_resona(name):
+    task = TASKS[name]()
+    sizes = {model: count(make_model(model, None, task)) for model in MODELS}
+    for model, kind in MODELS.items():
+        like = "resona"
+        for other, resona in MODELS.items():
+            if resona.retrieval and resona.backbone == kind.backbone:
+                like = other
+        if kind.narrow:
+            assert sizes[model] < 0.99 * sizes[like]
+        else:
+            assert abs(sizes[model] / sizes[like] - 1) < 0.01
+
+
+def test_a_narrow_model_is_resona_without_its_branch():
+    resona, narrow = (make_model(name, None, TASKS["text"]()) for name in ("resona", "narrow"))
+    of_recurrence = {name for name in resona.state_dict() if ".retrieval." not in name}
+    assert set(narrow.state_dict()) == of_recurrence
+    assert narrow.config.d_model == resona.config.d_model
+
+
+@pytest.mark.parametrize("size", models.STATES)
+def test_a_small_state_has_so_many_numbers(size):
+    for name in (f"narrow-{size}", f"resona-{size}"):
+        model = make_model(name, None, TASKS["copy"]())
+        _, state = model(torch.zeros(3, 5, dtype=torch.int64))
+        assert [layer.recurrent.shape for layer in state.layers] == [(3, size)] * 2
+
+
+def test_retrieval_alone_does_not_read_what_is_not_counted():
+    model = make_model("retrieval", None, TASKS["bilingual"]())
+    logits, _ = model(torch.arange(60).view(2, 30))
+    logits.sum().backward()
+    unread = 0
+    for layer in model.layers:
+        for linear in reads_yu(layer.retrieval):
+            y_half, u_half = linear.weight.grad.chunk(2, dim=-1)
+            assert not y_half.any() and u_half.any()
+            unread += y_half.numel()
+    assert count(model) == train_toy.count(model) - unread
+
+
+OF_TRAINING = [label for label in ABLATIONS if label.endswith("in training")]
+OF_TRAINING += ["no search loss", "α without the score", "α with the score, no gradient"]
+
+
+def changed(label):
+    """The task and a new model with the change."""
+    task = make_task(Run("copy", change=label))
+    torch.manual_seed(0)
+    model = make_model("resona", None, task)
+    ablations.change_model(label, model)
+    return task, model
+
+
+def test_every_ablation_changes_the_model_or_what_it_learns():
+    batch = TASKS["copy"]().batch(np.random.default_rng(0))
+    inputs, targets = (torch.as_tensor(x[:2, :60]) for x in batch)
+    first = {}
+    updated = {}
+    for label in ABLATIONS:
+        task, model = changed(label)
+        for layer in model.layers:
+            if layer.retrieval is not None:
+                layer.retrieval.trust.data.fill_(0.1)  # or the score has no gradient yet
+        first[label] = model(inputs)[0]
+        optimizer = train_toy.make_optimizer(model, "cpu")
+        train_toy.train_step(model, optimizer, 1e-2, inputs, targets, 0.1, task.train_top_k)
+        updated[label] = model(inputs)[0]
+    for label in ABLATIONS:
+        if label != "as it is":
+            same = torch.equal(first[label], first["as it is"])
+            assert same == (label in OF_TRAINING), label
+            assert not torch.equal(updated[label], updated["as it is"]), label
+
+
+def test_without_the_recurrence_its_weights_do_not_matter():
+    _, model = changed("no recurrence")
+    tokens = torch.arange(60).view(2, 30) % 30
+    before = model(tokens)[0]
+    for layer in model.layers:
+        layer.backbone.out_proj.weight.data.mul_(-3)
+    assert torch.equal(model(tokens)[0], before)
+
+
+# --------------------------------------------------------------------------------------------------
+# One run
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_trained_and_tested(name, tmp_path):
+    task = TASKS[name]()
+    low, _ = tasks.LIMITS[name]
+    length = max(low, min(task.lengths[0], 32))
+    result = measure(tmp_path, task=name, steps=2, lengths=(length,))
+    assert result["parameters"] > 0 and result["train_seconds"] > 0
+    for scores in result["tests"].values():
+        assert 0 <= scores["sequence_accuracy"] <= scores["token_accuracy"] <= 1
+        assert 0 < scores["bits_per_token"] < 1.5 * np.log2(task.vocab_size)
+    assert (result["validation"] < 0) == (name in run.IN_BITS)
+    assert ("distributions" in result) == (name == "icll")
+    json.dumps(result)
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_run_depends_on_its_seed_and_goes_on_from_its_last_save(tmp_path):
+    fields = {"task": "memorize", "steps": 4}
+    first = measure(tmp_path / "a", **fields)["tests"]["32"]["bits_per_token"]
+    again = measure(tmp_path / "a", **fields)
+    other = measure(tmp_path / "b", **fields, seed=1)
+    assert again["tests"]["32"]["bits_per_token"] == first
+    assert other["tests"]["32"]["bits_per_token"] != first
+    assert len(torch.load(tmp_path / "a" / "resona.train.pt")["losses"]) == 4
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_validation_rows_are_in_no_other_test(tmp_path, monkeypatch):
+    seen = []
+    test = TASKS["bilingual"].test
+
+    def told(self, rng, length):
+        rows = test(self, rng, length)
+        seen.append(rows["16"][0])
+        return rows
+
+    monkeypatch.setattr(TASKS["bilingual"], "test", told)
+    measure(tmp_path, task="bilingual", steps=1, lengths=(16,))
+    validation, tested = seen
+    known = {row.tobytes() for row in validation}
+    assert validation.shape == tested.shape and not any(row.tobytes() in known for row in tested)
+
+
+def test_text_is_chosen_on_bytes_of_its_own(tmp_path, monkeypatch):
+    read = []
+    test = TASKS["text"].test
+
+    def told(self, rng, length):
+        read.append(self.held_out)
+        return test(self, rng, length)
+
+    monkeypatch.setattr(TASKS["text"], "test", told)
+    measure(tmp_path, task="text", steps=1, lengths=(256,), model="narrow")
+    task = TASKS["text"]()
+    assert np.array_equal(read[0], task.validation) and np.array_equal(read[1], task.held_out)
+
+
+def test_a_diverged_run_is_a_result(tmp_path, monkeypatch):
+    def train(name, model, task, args):
+        raise train_toy.UserError(f"{name} diverged at step 1: its loss is nan")
+
+    monkeypatch.setattr(train_toy, "train", train)
+    assert measure(tmp_path, task="copy")["validation"] is None
+
+
+@pytest.mark.parametrize("search", ["exact", "ivf"])
+def test_long_rows_are_read_in_pieces_with_the_same_result(monkeypatch, search):
+    model = Resona(ResonaConfig(vocab_size=64, d_model=16, search=search, nlist=1))
+    rows = tasks.needle_rows(np.random.default_rng(0), 3, 90)
+    whole = run.evaluate(model, rows)
+    monkeypatch.setattr(run, "PIECE", 7)
+    parts = run.evaluate(model, rows)
+    assert parts["bits_per_token"] == pytest.approx(whole["bits_per_token"], rel=1e-5)
+    for score in ("token_accuracy", "sequence_accuracy"):
+        assert parts[score] == whole[score] == train_toy.evaluate(model, rows, "cpu")[score]
+
+
+def run_with(flags, out):
+    return run.main([*shlex.split(flags), "--device", "cpu", "--out", str(out)])
+
+
+@pytest.mark.usefixtures("few_rows", "results")
+def test_the_command_prints_a_line_for_each_variant(tmp_path, capsys):
+    flags = "--task memorize --steps 2"
+    assert run_with(f"{flags} --model narrow --seeds 2", tmp_path) == 0
+    assert re.search(r"narrow +0\.\d+ \(0\.\d+\)", capsys.readouterr().out)
+    assert run_with(f"{flags} --model narrow --sweep 0.01 0.02", tmp_path) == 0
+    assert re.findall(r"narrow, learning rate (\S+) +0\.", capsys.readouterr().out) == ["0.01", "0.02"]
+    assert run_with(f"{flags} --ablate 'no recurrence'", tmp_path) == 0
+    assert re.search(r"no recurrence +0\.", capsys.readouterr().out)
+    assert not list(tmp_path.glob("no-recurrence/*/resona.pt"))  # load would not know the change
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--seeds 0", "--seeds must be at least 1, got 0"),
+        ("--task mqar --lengths 64", "mqar is tested on 1 to 63 pairs, got 64"),
+        ("--task recall --lengths 33", "even number of tokens, got 33"),
+        ("--data x.txt", "--data is for --task text"),
+        ("--task text --data no-such-file", "no-such-file cannot be read"),
+        ("--sweep --lr 0.1", "--sweep has its own rates"),
+        ("--sweep -1", "--sweep takes rates above zero, got -1"),
+        ("--top-k 0", "--top-k must be at least 1, got 0"),
+    ],
+)
+def test_bad_flags_end_with_one_line_and_status_2(flags, words, tmp_path, capsys):
+    assert run_with(flags, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said
+
+
+# --------------------------------------------------------------------------------------------------
+# Learning rates
+
+
+def test_a_sweep_ends_with_a_perfect_rate_and_the_seeds_wait_for_its_end(results):
+    one = reproduce.Comparison("copy", ("resona",), 1.0)
+    sweep = list(reproduce.jobs_of(one))
+    assert [job.arguments["lr"] for job in sweep] == [3e-3, 1e-3, 1e-2, 3e-2]
+    assert all(job.arguments["seed"] == 0 for job in sweep)
+
+    for job, score in zip(sweep[:3], (0.5, 0.8, None), strict=True):
+        store(job, {**accuracy(0.0), "validation": score})  # the third diverged
+    assert list(reproduce.jobs_of(one)) == sweep
+    store(sweep[3], accuracy(0.7))
+    seeds = list(reproduce.jobs_of(one))[4:]
+    assert [(job.arguments["lr"], job.arguments["seed"]) for job in seeds] == [(1e-3, 1), (1e-3, 2)]
+    assert run.best_rate("copy", "resona") == 1e-3
+
+    store(sweep[1], accuracy(1.0))
+    assert [job.arguments["lr"] for job in reproduce.jobs_of(one)] == [3e-3, 1e-3, 1e-3, 1e-3]
+    assert run.best_rate("copy", "nope") == run.DEFAULT_RATE
+
+
+# --------------------------------------------------------------------------------------------------
+# Fingerprints
+
+
+COPY_JOB = reproduce.run_job("copy", "resona", 0, 3e-3, 1.0)
+MQAR_JOB = reproduce.run_job("mqar", "resona", 0, 3e-3, 1.0)
+
+
+def fingerprints_with(monkeypatch, tmp_path, job, file, old, new):
+    """Those of a job if a source file were another one."""
+    names = ["resona", "train_toy", *(f"evidence/{n}" for n in ("models", "ablations", "run"))]
+    for name in [*names, "evidence/tasks"]:
+        source = (reproduce.Path(reproduce.__file__).parent.parent / f"{name}.py").read_text()
+        if name == file:
+            assert old in source
+            source = source.replace(old, new)
+        (tmp_path / "evidence").mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    reproduce.definitions.cache_clear()
+    reproduce.fingerprint.cache_clear()
+    try:
+        return reproduce.fingerprints(job)
+    finally:
+        monkeypatch.undo()
+        reproduce.definitions.cache_clear()
+        reproduce.fingerprint.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stale"),
+    [
+        ("train_toy", "# 1. forward and backward", "# another comment", ()),
+        ("train_toy", '"""One update -> loss', '"""A step -> loss', ()),
+        ("train_toy", "diverged at step", "failed in step", ()),
+        ("train_toy", "By several processes", "By several processes", None),
+        ("train_toy", "A new string of", "A fresh string of", ()),
+        ("train_toy", "CLIP = 1.0", "CLIP = 2.0", ("fingerprint", "script")),
+        ("resona", "F.silu(gate)", "F.gelu(gate)", ("script",)),
+        ("resona", "score > -math.inf", "score >= 0", None),
+        ("evidence/tasks", "vocab // 2 - 1", "vocab // 2 - 2", ()),
+        ("evidence/ablations", '"top_k 2 in training"', '"top_k 3 in training"', ()),
+    ],
+)
+def test_a_fingerprint_changes_with_what_matters_alone(
+    file, old, new, stale, tmp_path, monkeypatch
+):
+    if stale is None:
+        pytest.skip("a case for the reader")
+    before = reproduce.fingerprints(COPY_JOB)
+    after = fingerprints_with(monkeypatch, tmp_path, COPY_JOB, file, old, new)
+    assert tuple(key for key in before if before[key] != after[key]) == stale
+
+
+def test_a_task_changes_the_fingerprint_of_its_own_runs(tmp_path, monkeypatch):
+    edit = ("evidence/tasks", "vocab // 2 - 1", "vocab // 2 - 2")
+    before = reproduce.fingerprints(MQAR_JOB)
+    after = fingerprints_with(monkeypatch, tmp_path, MQAR_JOB, *edit)
+    assert before["fingerprint"] == after["fingerprint"] and before["script"] != after["script"]
+
+
+def test_runs_differ_by_model_and_change():
+    jobs = [reproduce.run_job("copy", model, 0, 3e-3, 1.0) for model in MODELS]
+    jobs += [
+        reproduce.run_job("copy", "resona", 0, 3e-3, 1.0, change=label)
+        for label in ABLATIONS
+        if label != "as it is"
+    ]
+    scripts = [reproduce.fingerprints(job)["script"] for job in jobs]
+    assert len(set(scripts)) == len(scripts)
+
+
+def test_a_result_counts_only_for_its_sources_and_arguments(results):
+    assert not reproduce.done(COPY_JOB)
+    store(COPY_JOB, accuracy(1.0))
+    assert reproduce.done(COPY_JOB)
+    assert not reproduce.done(reproduce.run_job("copy", "resona", 0, 3e-3, 1.0, steps=7))
+    path = reproduce.path_of(COPY_JOB)
+    for key in ("fingerprint", "script"):
+        file = json.loads(path.read_text())
+        path.write_text(json.dumps({**file, key: "other"}))
+        assert not reproduce.done(COPY_JOB)
+        path.write_text(json.dumps(file))
+
+
+# --------------------------------------------------------------------------------------------------
+# Running everything
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_run_is_stored_with_all_that_it_needs(results):
+    job = reproduce.run_job("memorize", "narrow", 3, 1e-2, 1.0, steps=2)
+    reproduce.run_one(job)
+    file = json.loads(reproduce.path_of(job).read_text())
+    assert reproduce.done(job) and file["result"]["tests"]["32"]["token_accuracy"] < 1
+    assert file["arguments"] == {
+        "task": "memorize", "model": "narrow", "seed": 3, "lr": 1e-2, "steps": 2
+    }
+    assert {"python", "torch", "processor", "system", "threads"} <= file["machine"].keys()
+    assert file["seconds"] > 0 and not (reproduce.WORK / job.name).exists()
+
+
+class Process:
+    """Takes the place of a process: it runs for some turns and then has stored its result."""
+
+    log: list[tuple[str, str]] = []
+
+    def __init__(self, job, turns=3):
+        self.job = job
+        self.turns = turns
+        self.returncode = None
+        self.log.append(("start", job.name))
+
+    def poll(self):
+        self.turns -= 1
+        if self.turns > 0:
+            return None
+        self.returncode = 1 if self.job.name == "bad" else 0
+        if self.returncode == 0:
+            store(self.job, {})
+        self.log.append(("end", self.job.name))
+        return self.returncode
+
+
+def test_runs_go_side_by_side_and_what_is_timed_alone(results, monkeypatch):
+    jobs = [Job(name, "evidence.run:test", {}, 1.0, name == "timed") for name in
+            ("a", "bad", "b", "timed", "c")]
+    monkeypatch.setattr(reproduce, "all_jobs", lambda: jobs)
+    monkeypatch.setattr(reproduce, "start", Process)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    Process.log = []
+    assert reproduce.run_all([], at_once=2) == 1  # one failed
+    assert all(reproduce.done(job) for job in jobs if job.name != "bad")
+
+    running = set()
+    most = 0
+    for what, name in Process.log:
+        if what == "start":
+            assert not running or ("timed" not in running and name != "timed")
+            running.add(name)
+        else:
+            running.remove(name)
+        most = max(most, len(running))
+    assert most == 2 and Process.log.count(("start", "bad")) == 1
+    Process.log = []
+    assert reproduce.run_all([], at_once=1) == 1
+    assert Process.log == [("start", "bad"), ("end", "bad")]  # nothing else is missing
+
+
+def test_every_run_has_a_name_of_its_own_and_a_function(results):
+    jobs = list(reproduce.all_jobs())
+    assert len({job.name for job in jobs}) == len(jobs) > 100
+    for job in jobs:
+        module, function = job.call.split(":")
+        assert callable(getattr(reproduce.importlib.import_module(module), function))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def test_tables_hold_what_the_results_hold(results):
+    jobs = list(reproduce.jobs_of(reproduce.Comparison("copy", ("resona",), 1.0)))
+    store(jobs[0], accuracy(0.999))
+    for job, value in zip(list(reproduce.jobs_of(reproduce.COMPARISONS[0])), (0, 0), strict=False):
+        assert value == 0
+    for seed, value in ((1, 0.997), (2, 0.995)):
+        store(reproduce.run_job("copy", "resona", seed, 3e-3, 1.0), accuracy(value))
+    line = next(x for x in report.comparison("copy", ["32", "64"]) if "Resona" in x)
+    assert line == "| **Resona** | 3 | 0.003 | 0.997 (0.002) | - |"
+    assert report.number("copy resona 32") == "0.997"
+    assert report.learned("copy", "resona", ["32"], bar=0.996)[-1] == "| 32 | 0.997 (0.002) | 2 of 3 |"
+
+
+def test_differences_are_of_pairs():
+    assert report.difference([1.0, 2.0], [2.0, 4.0]) == "-1.500 ± 0.500 (-50%)"
+    assert report.difference([1.0], [2.0]) == report.MISSING
+
+
+def test_check_sees_a_table_that_a_hand_has_changed(results, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table copy -->\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(report, "PAGES", [page])
+    assert report.main(["--check"]) == 1
+    page.write_text(report.filled(page.read_text()))
+    assert report.main(["--check"]) == 0 and "Resona" in page.read_text()
+    page.write_text(page.read_text().replace("| - |", "| 0.9 |", 1))
+    assert report.main(["--check"]) == 1
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
+
+
+def test_the_tables_of_the_pages_are_those_of_the_results(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
