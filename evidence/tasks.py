@@ -36,17 +36,6 @@ from train_toy import (
 Sizes = tuple[int, ...]
 
 
-def rates(recurrence: float, resona: float, transformer: float) -> dict[str, float]:
-    return {
-        "recurrence": recurrence,
-        "narrow": recurrence,
-        "resona": resona,
-        "retrieval": resona,
-        "transformer": transformer,
-        "nope": transformer,
-    }
-
-
 # --------------------------------------------------------------------------------------------------
 # N-grams
 # Jelassi et al., "Repeat After Me", arXiv 2402.01032, in the alphabet of train_toy.Copying.
@@ -92,11 +81,9 @@ class Ngram:
     vocab_size = 30
     unit = "letters"
     lengths = [32, 128, 512]
-    lr = rates(1e-2, 3e-3, 3e-3)
-    steps = 1500
+    steps = 1000
     config: dict[str, Any] = {}
     train_top_k = TRAIN_TOP_K
-    test_top_k = 16
 
     def batch(self, rng: Rng) -> Rows:
         return packed(rng, ngram_string, 8, 32)
@@ -150,11 +137,9 @@ class Mqar:
     vocab_size = 128
     unit = "pairs"
     lengths = [16, 4, 8, 32, 63]
-    lr = rates(3e-3, 3e-3, 3e-3)
     steps = 800
     config = {"chunk_size": 2}
     train_top_k = TRAIN_TOP_K
-    test_top_k = 16
 
     def batch(self, rng: Rng) -> Rows:
         trained = [(64, 4), (64, 8), (128, 16), (128, 32)]
@@ -214,11 +199,9 @@ class Recall:
     vocab_size = 16
     unit = "tokens"
     lengths = [128, 512]
-    lr = rates(1e-2, 3e-3, 1e-2)
     steps = 600
     config = {"chunk_size": 2}
     train_top_k = TRAIN_TOP_K
-    test_top_k = None
     keys = 8
     sizes = (1,)
     noise = 0.0
@@ -252,7 +235,6 @@ class Fuzzy(Recall):
     as in the reference.
     """
 
-    lr = rates(3e-3, 3e-3, 1e-2)
     steps = 800
     keys = 7
     sizes = (1, 2, 3)
@@ -284,11 +266,9 @@ class Selective:
     vocab_size = 16
     unit = "tokens"
     lengths = [256, 512]
-    lr = rates(1e-2, 1e-2, 1e-2)
     steps = 800
     config: dict[str, Any] = {}
     train_top_k = TRAIN_TOP_K
-    test_top_k = None
 
     def batch(self, rng: Rng) -> Rows:
         length = 33 + round(2 ** rng.uniform(3, math.log2(256 - 33)))
@@ -322,11 +302,9 @@ class Memorize:
     vocab_size = 256
     unit = "tokens"
     lengths = [32]
-    lr = rates(1e-2, 1e-2, 1e-2)
     steps = 400
     config: dict[str, Any] = {}
     train_top_k = TRAIN_TOP_K
-    test_top_k = None
 
     def batch(self, rng: Rng) -> Rows:
         return memorize_rows(rng, BATCH, 32)
@@ -356,11 +334,9 @@ class Compress:
     vocab_size = 16
     unit = "tokens"
     lengths = [32]
-    lr = rates(3e-3, 3e-3, 3e-3)
-    steps = 4000
+    steps = 2000
     config: dict[str, Any] = {}
     train_top_k = TRAIN_TOP_K
-    test_top_k = None
 
     def batch(self, rng: Rng) -> Rows:
         return compress_rows(rng, BATCH, 32)
@@ -448,12 +424,9 @@ class Overwritten:
     vocab_size = 65
     unit = "pairs"
     lengths = [8, 16]
-    lr = rates(3e-3, 3e-3, 3e-3)
     steps = 1500
     config = {"chunk_size": 2}
     train_top_k = TRAIN_TOP_K
-    test_top_k = None
-    updates = 0.5  # share of the keys that are bound twice
 
     def batch(self, rng: Rng) -> Rows:
         before, after = rng.integers(0, 17, 2)
@@ -465,28 +438,20 @@ class Overwritten:
         for far, gap in (("", 16), (" far", 128)):
             inputs, targets, overwritten = self.rows(rng, 64, pairs, (gap, gap))
             tests[f"{pairs} kept{far}"] = inputs, np.where(overwritten, IGNORE, targets)
-            if self.updates > 0:
-                tests[f"{pairs} new{far}"] = inputs, np.where(overwritten, targets, IGNORE)
+            tests[f"{pairs} new{far}"] = inputs, np.where(overwritten, targets, IGNORE)
         return tests
 
     def rows(
         self, rng: Rng, rows: int, pairs: int, gaps: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """-> inputs, targets, and which answers are new values, each (rows, length)"""
-        updates = round(self.updates * pairs)
-        drawn = [overwritten_row(rng, pairs, updates, gaps) for _ in range(rows)]
+        drawn = [overwritten_row(rng, pairs, pairs // 2, gaps) for _ in range(rows)]
         inputs, targets, overwritten = zip(*drawn, strict=True)
         return np.array(inputs), np.array(targets), np.array(overwritten)
 
 
-class Asked(Overwritten):
-    """The same with no key bound twice: eight pairs, asked 40 times."""
-
-    updates = 0.0
-
-
 # --------------------------------------------------------------------------------------------------
-# A needle, a phone book
+# A needle
 
 
 def needle_rows(rng: Rng, rows: int, length: int, needles: int = 1, questions: int = 1) -> Rows:
@@ -522,10 +487,8 @@ class Needle:
     vocab_size = 64
     unit = "tokens"
     lengths = [512, 1024, 4096, 16384]
-    lr = rates(1e-2, 3e-3, 3e-3)
     steps = 700
     train_top_k = TRAIN_TOP_K
-    test_top_k = None
     config = {
         "chunk_size": 2,
         "d_conv": 2,
@@ -541,54 +504,6 @@ class Needle:
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
         return {str(length): needle_rows(rng, 20, length)}
-
-
-def phonebook_row(rng: Rng, entries: int, queries: int) -> Rows:
-    """
-    A phone book in ASCII, then names from it, whose numbers are scored, the line's end included.
-
-    Bodaxi: 4832        a name of three syllables, four digits
-    Kumere: 1719
-    Bodaxi: 4832        <- scored: 4832 and the end of the line
-    """
-    consonants = np.frombuffer(b"bcdfghjklmnprstvwxyz", np.uint8)
-    vowels = np.frombuffer(b"aeiou", np.uint8)
-    names = rng.choice(len(consonants) * 5, (2 * entries + 8, 3))
-    names = np.unique(names, axis=0)
-    names = rng.permutation(names)[:entries]
-    lines = np.full((entries, 13), ord("\n"))
-    lines[:, 0:6:2] = consonants[names // 5]
-    lines[:, 1:6:2] = vowels[names % 5]
-    lines[:, 0] -= 32  # upper case
-    lines[:, 6:8] = ord(":"), ord(" ")
-    lines[:, 8:12] = rng.integers(ord("0"), ord("9") + 1, (entries, 4))
-    asked = lines[rng.integers(0, entries, queries)]
-    scored = np.concatenate([np.zeros_like(lines), np.zeros_like(asked)])
-    scored[entries:, 8:] = 1
-    return np.concatenate([lines, asked]).flatten(), scored.flatten() > 0
-
-
-class Phonebook:
-    """
-    Books of 4 to 20 entries, 30 lines with the questions. A convolution of 8 bytes sees a whole
-    name.
-    """
-
-    vocab_size = 128
-    unit = "entries"
-    lengths = [16, 64, 256]
-    lr = rates(1e-2, 3e-3, 3e-3)
-    steps = 500
-    config = {"d_conv": 8}
-    train_top_k = TRAIN_TOP_K
-    test_top_k = 16
-
-    def batch(self, rng: Rng) -> Rows:
-        sizes = rng.integers(4, 21, BATCH // 2)
-        return stacked([phonebook_row(rng, n, 30 - n) for n in sizes])
-
-    def test(self, rng: Rng, entries: int) -> dict[str, Rows]:
-        return {str(entries): stacked([phonebook_row(rng, entries, 1) for _ in range(32)])}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -700,10 +615,8 @@ class Text:
     vocab_size = 256
     unit = "bytes"
     lengths = [TEXT_ROW, LONG_ROW, 8192]
-    lr = {**rates(3e-2, 1e-2, 1e-2), "retrieval": 1e-2}
     steps = 700
     train_top_k = 16
-    test_top_k = 16
     config = {"chunk_size": 2, "d_conv": 8, "retrieval": [0]}
 
     def __init__(self, data: Path | None = None):
@@ -745,22 +658,12 @@ class Text:
 # All of them
 
 
-class Copying(train_toy.Copying):
-    lr = rates(**train_toy.COPY_LR)
-
-
-class Bilingual(train_toy.Bilingual):
-    models = ("recurrence", "retrieval", "resona", "transformer")
-    lr = {**train_toy.Bilingual.lr, "narrow": 2e-3, "retrieval": 3e-3, "nope": 3e-3}
-
-
 TASKS: dict[str, Callable[..., Any]] = {
-    "copy": Copying,
-    "bilingual": Bilingual,
+    "copy": train_toy.Copying,
+    "bilingual": train_toy.Bilingual,
     "ngram": Ngram,
     "mqar": Mqar,
     "overwritten": Overwritten,
-    "asked": Asked,
     "recall": Recall,
     "noisy": Noisy,
     "fuzzy": Fuzzy,
@@ -768,7 +671,6 @@ TASKS: dict[str, Callable[..., Any]] = {
     "memorize": Memorize,
     "compress": Compress,
     "needle": Needle,
-    "phonebook": Phonebook,
     "text": Text,
 }
 
@@ -778,7 +680,6 @@ LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even o
     "ngram": (7, 1500),
     "mqar": (1, 63),
     "overwritten": (1, 32),
-    "asked": (1, 32),
     "recall": (16, 16384),
     "noisy": (16, 16384),
     "fuzzy": (16, 16384),
@@ -786,7 +687,6 @@ LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even o
     "memorize": (2, 100_000),
     "compress": (2, 1000),
     "needle": (4, 2**24),
-    "phonebook": (1, 20_000),
     "text": (256, 2**17),
 }
 
