@@ -311,9 +311,9 @@ def defined(statement: ast.stmt) -> list[str]:
 class Bare(ast.NodeTransformer):
     """Takes out docstrings and the texts of errors."""
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            return ast.Pass()
+            return None
         return self.generic_visit(node)
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
