@@ -250,6 +250,39 @@ def cost() -> None:
     figure.savefig(PICTURES / "cost.png")
 
 
+def choice() -> None:
+    """Accuracy against the time of prefill: a row of panels per length, a column per task."""
+    times = report.result("choice/times")
+    assert times is not None
+    style = {  # start of the labels -> label, colour, line
+        "resona k=": ("Resona, k = 1 to 32", BLUE, "o-"),
+        "resona ivf": ("Resona, inverted file", SKY, "o:"),
+        "transformer": ("Transformer, rotary", RED, "v"),
+        "nope": ("Transformer, no positions", GREEN, "d"),
+        "ssm": ("selective SSM, N = 1, 4, 16", GREY, "s--"),
+    }
+    figure, axes = plt.subplots(3, 3, figsize=(9, 7.2), sharex=True, sharey=True)
+    for row, (length, labels) in enumerate(times.items()):
+        for column, task in enumerate(report.CHOICE_TASKS):
+            ax = axes[row, column]
+            for start, (label, colour, line) in style.items():
+                shown = [name for name in labels if name.startswith(start)]
+                accuracies = [mean(report.choice_scores(task, length, name)) for name in shown]
+                x = [labels[name]["prefill"] for name in shown]
+                ax.semilogx(x, accuracies, line, color=colour, label=label)
+            if row == 0:
+                ax.set_title(task)
+            if column == 0:
+                ax.set_ylabel(f"{int(length):,} tokens:\ntoken accuracy")
+            ticks = (5, 10, 20, 50, 100)
+            ax.set(ylim=(-0.07, 1.07), xticks=ticks, xticklabels=ticks)
+            ax.minorticks_off()
+    figure.supxlabel("prefill, µs per token, one thread", fontsize=11)
+    handles = axes[-1, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(PICTURES / "choose.png")
+
+
 def mean(values: list[float]) -> float:
     return statistics.mean(values) if values else float("nan")
 
@@ -266,4 +299,6 @@ def draw_all() -> None:
         small_states()
     if report.result("cost/by-length"):
         cost()
+    if report.result("choice/times") and report.choice_scores("copy", "512", "resona k=4"):
+        choice()
     plt.close("all")

@@ -246,13 +246,14 @@ def icll() -> Lines:
         found = [run["distributions"] for run in runs("icll", model) if "distributions" in run]
         cells = []
         for score in ("legal", "total_variation"):
-            cells += [spread([run[length][score] for run in found]) for length in lengths]
+            cells += [spread([run[length]["all"][score] for run in found]) for length in lengths]
         rows.append([MODELS[model].label, str(len(found)), rate_of("icll", model), *cells])
     baselines = [one for one in (result(f"icll/n-grams/seed-{seed}") for seed in SEEDS) if one]
     for name in ("bigram", "trigram"):
         cells = []
         for score in ("legal", "total_variation"):
-            cells += [spread([one[name][length][score] for one in baselines]) for length in lengths]
+            for length in lengths:
+                cells.append(spread([one[name][length]["all"][score] for one in baselines]))
         rows.append([f"{name}s counted in the row", str(len(baselines)), "", *cells])
     headings = [f"{what}, {n}" for what in ("legal", "total variation") for n in lengths]
     return markdown(["", "seeds", "rate", *headings], rows)
@@ -383,6 +384,104 @@ def cost_by_length() -> Lines:
     return markdown(["µs a token", *(f"{int(n):,}" for n in lengths)], rows)
 
 
+def ratios() -> Lines:
+    """Resona against attention and the recurrence, by rows x tokens."""
+    found = result("cost/ratios")
+    if found is None:
+        return [MISSING]
+    rows = []
+    for kind in ("training", "prefill", "decoding"):
+        for size, one in found[kind].items():
+            times = one["microseconds_a_token"].values()
+            cells = [f"{time:.0f}" for time in times]
+            cells += [f"{one['attention / Resona']:.2f}", f"{one['Resona / recurrence']:.2f}"]
+            rows.append([f"{kind}, {size}", *cells])
+    headings = [f"{name}, µs a token" for name in one["microseconds_a_token"]]
+    lines = markdown(["", *headings, "attention / Resona", "Resona / recurrence"], rows)
+    rows = [
+        [name, f"{one['MiB']:,.0f}", f"{one['seconds']:.1f}"]
+        for name, one in found["memory"].items()
+    ]
+    lines += ["", *markdown(["training on one row of 65,536 tokens", "MiB", "seconds"], rows)]
+    rows = [[name, f"{ms:.0f}"] for name, ms in found["search_ms"].items()]
+    return [*lines, "", *markdown(["exact search of 16,384 tokens", "ms"], rows)]
+
+
+CHOICES = {  # label of evidence.cost.choice -> in the table
+    "ssm-1": "selective SSM, N = 1",
+    "ssm-4": "selective SSM, N = 4",
+    "ssm-16": "selective SSM, N = 16",
+    "transformer": "Transformer, rotary positions",
+    "nope": "Transformer, no positions",
+    "resona k=1": "Resona, k = 1",
+    "resona k=4": "Resona, k = 4",
+    "resona k=32": "Resona, k = 32",
+    "resona ivf k=4": "Resona, inverted file, k = 4",
+}
+
+
+def choice() -> Lines:
+    """Accuracy of three tasks at each length, and what it costs."""
+    lines: Lines = []
+    times = result("choice/times") or {}
+    for length in ("512", "2048", "8192"):
+        rows = []
+        for label, name in CHOICES.items():
+            cells = [spread(choice_scores(task, length, label)) for task in CHOICE_TASKS]
+            if cells == [MISSING] * 3 and label.startswith("resona ivf"):
+                continue  # in so short a text it is the exact search
+            time = times.get(length, {}).get(label)
+            speed = f"{time['prefill']:.0f} / {time['decoding']:,.0f}" if time else MISSING
+            size = [f"{n:,}" for n in choice_scores("copy", length, label, "state_bytes")[:1]]
+            rows.append([name, *cells, speed, *(size or [MISSING])])
+        headings = [f"{int(length):,} tokens", *CHOICE_TASKS, "µs a token, prefill / decoding"]
+        lines += [*markdown([*headings, "bytes of state"], rows), ""]
+    return lines[:-1]
+
+
+CHOICE_TASKS = ("copy", "mqar", "bilingual")
+
+
+def choice_scores(task: str, length: str, label: str, score: str = ACCURACY) -> list[float]:
+    found = results(f"choice/{task}/seed-{seed}" for seed in SEEDS)
+    return [one[length][label][score] for one in found if label in one[length]]
+
+
+def inverted_file() -> Lines:
+    """Against the exact search and FAISS's, of both layers."""
+    rows = []
+    for chunks in (16384, 65536, 524288):
+        layers = (result(f"search/against-exact-{chunks}") or {}).values()
+        cells = []
+        for key, digits in (("recall", 3), ("share_scored", 3), ("exact_ms", 0), ("ivf_ms", 0)):
+            cells.append(", ".join(f"{one[key]:.{digits}f}" for one in layers) or MISSING)
+        for key, digits in (("faiss_recall", 3), ("faiss_ms", 0)):
+            found = [f"{one[key]:.{digits}f}" for one in layers if key in one]
+            cells.append(", ".join(found) or MISSING)
+        rows.append([f"{chunks:,}", *cells])
+    headings = ["chunks", "found of the exact", "chunks scored", "exact, ms", "inverted file, ms"]
+    return markdown([*headings, "FAISS finds", "FAISS, ms"], rows)
+
+
+def outliers() -> Lines:
+    """How many of 20 needles each search finds, of 65,536 tokens; each seed."""
+    found = results(f"search/needle/seed-{seed}" for seed in SEEDS)
+    rows = [
+        ["exact", each([one["exact"] for one in found])],
+        ["inverted file, one list probed", each([one["ivf"] for one in found])],
+    ]
+    for nprobe in ("1", "4", "16", "64"):
+        values = [one["without_outliers"][nprobe] for one in found]
+        rows.append([f"without the list of outliers, lists probed: {nprobe}", each(values)])
+    return markdown(["search", "found, of 20"], rows)
+
+
+def toy_output() -> Lines:
+    """What the first command of README.md prints."""
+    found = result("toy/output")
+    return ["```", *(found["output"] if found else MISSING).strip().split("\n"), "```"]
+
+
 TABLES: dict[str, Callable[[], Lines]] = {
     "versions": versions,
     "copy": lambda: comparison("copy", COPY, WITH_SSM),
@@ -400,7 +499,6 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "text differences": text_differences,
     "text top k": text_top_k,
     "icll": icll,
-    "state": lambda: comparison("state", sorted_tests("state"), (*COMPARED, "gru", "resona-gru")),
     "states": states,
     "needle": lambda: comparison("needle", ["512", "1024", "4096", "16384"], HEADLINE),
     "million": million,
@@ -411,15 +509,12 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "long copies": long_copies,
     "rates": rates,
     "cost": cost_by_length,
+    "ratios": ratios,
+    "choice": choice,
+    "inverted file": inverted_file,
+    "outliers": outliers,
+    "toy output": toy_output,
 }
-
-
-def sorted_tests(task: str) -> list[str]:
-    """The tests of a task, as its results have them."""
-    for model in COMPARED:
-        for run in runs(task, model):
-            return list(run.get("tests", {}))
-    return []
 
 
 def number(name: str) -> str:

@@ -80,7 +80,6 @@ COMPARISONS = [
     Comparison("overwritten", COMPARED, 160, more_seeds={"resona": 8}),
     Comparison("mqar", BRANCH_COPIES, 90),
     Comparison("icll", COMPARED, 150),
-    Comparison("state", (*COMPARED, "gru", "resona-gru"), 150),
     Comparison("ngram", COMPARED, 150),
     Comparison("needle", MAD, 110),
     Comparison("selective", MAD, 100),
@@ -197,39 +196,47 @@ def small_states() -> Iterator[Job]:
 
 
 def costs() -> Iterator[Job]:
+    yield Job("toy/output", "evidence.run:toy_output", {}, 120, alone=True)
     yield Job("cost/by-length", "evidence.cost:by_length", {}, 200, alone=True)
     yield Job("cost/ratios", "evidence.cost:ratios", {}, 300, alone=True)
 
 
 def others() -> Iterator[Job]:
-    needle = {"lengths": (1024, 16384, 131072, 1048576)}
+    lengths = (1024, 16384, 131072, 1048576)
     rate = chosen_rate("needle", "resona")
-    for seed in SEEDS:
-        if rate is not None:
+    if rate is not None:
+        for seed in SEEDS:
             name = f"needle/million/seed-{seed}"
-            yield run_job("needle", "resona", seed, rate, 1200, name, **needle)
+            yield run_job("needle", "resona", seed, rate, 1200, name, lengths=lengths)
             arguments = {"length": 65536, "seed": seed}
             yield Job(f"search/needle/seed-{seed}", "evidence.search:needle", arguments, 400)
-        for task in ("copy", "mqar", "bilingual"):
-            arguments = {"task": task, "seed": seed}
-            yield Job(f"choice/{task}/seed-{seed}", "evidence.cost:choice", arguments, 900)
-        for foreign in FOREIGN:
-            name = f"backbones/{file_name(foreign)}/seed-{seed}"
-            arguments = {"name": foreign, "seed": seed}
-            yield Job(name, "evidence.backbones:measure", arguments, 90)
+    for seed in SEEDS:
         arguments = {"seed": seed}
-        yield Job(f"pretrained/seed-{seed}", "evidence.pretrained:measure", arguments, 400)
-    for chunks in (16384, 65536, 524288):
-        name = f"search/against-exact-{chunks}"
-        arguments = {"chunks": chunks, "seed": 0}
-        yield Job(name, "evidence.search:against_exact", arguments, 120, alone=True)
-    yield Job("choice/times", "evidence.cost:choice_times", {}, 200, alone=True)
+        yield Job(f"icll/n-grams/seed-{seed}", "evidence.run:ngram_baselines", arguments, 20)
+    for foreign, seed in itertools.product(FOREIGN, SEEDS):
+        name = f"backbones/{file_name(foreign)}/seed-{seed}"
+        yield Job(name, "evidence.backbones:measure", {"name": foreign, "seed": seed}, 90)
+    for seed in SEEDS:
+        yield Job(f"pretrained/seed-{seed}", "evidence.pretrained:measure", {"seed": seed}, 400)
+    for task in ("copy", "mqar", "bilingual"):
+        rates = [chosen_rate(task, model) for model in ("resona", "transformer", "nope", "ssm")]
+        if None not in rates:
+            for seed in SEEDS:
+                arguments = {"task": task, "seed": seed}
+                yield Job(f"choice/{task}/seed-{seed}", "evidence.cost:choice", arguments, 300)
+    if chosen_rate("copy", "resona") is not None:
+        for chunks in (16384, 65536, 524288):
+            name = f"search/against-exact-{chunks}"
+            arguments = {"chunks": chunks, "seed": 0}
+            yield Job(name, "evidence.search:against_exact", arguments, 120, alone=True)
+        yield Job("choice/times", "evidence.cost:choice_times", {}, 120, alone=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Fingerprints
 
 MODEL = ("resona", "train_toy", "evidence.models", "evidence.ablations", "evidence.run")
+SCRIPTS = {"evidence.search": ("evidence.search", "evidence.cost")}  # with what they import
 # Tables of what can be chosen: what a run has chosen is in its second fingerprint. And the rates of
 # train_toy, as every run here is given its own.
 TABLES = {"TASKS", "MODELS", "BACKBONES", "ABLATIONS", "COPY_LR", "BILINGUAL_LR"}
@@ -244,7 +251,7 @@ def fingerprints(job: Job) -> dict[str, str]:
         names, sizes = chosen(job.arguments)
         script = fingerprint((*MODEL, "evidence.tasks"), names, sizes)
     else:
-        script = fingerprint((module,), (function,))
+        script = fingerprint(SCRIPTS.get(module, (module,)), (function,))
     return {"fingerprint": fingerprint(MODEL, ("measure",)), "script": script}
 
 
@@ -350,12 +357,11 @@ def run_one(job: Job) -> None:
     module, function = job.call.split(":")
     folder = WORK / job.name
     if module in ("evidence.cost", "evidence.search"):
-        folder = WORK / "trained"  # whose models several of them use
+        # models that several of them use
+        folder = WORK / "trained" / fingerprints(job)["fingerprint"]
     arguments = dict(job.arguments)
     call = getattr(importlib.import_module(module), function)
-    if job.name.startswith("cost/"):
-        arguments.pop("folder", None)
-    else:
+    if not job.name.startswith("cost/"):
         arguments["folder"] = folder
     start = time.time()
     result = call(**arguments)

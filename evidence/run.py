@@ -18,8 +18,10 @@ import argparse
 import copy
 import json
 import math
+import os
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -36,7 +38,7 @@ from tqdm import tqdm
 import train_toy
 from evidence.ablations import ABLATIONS, change_model, change_task
 from evidence.models import MODELS, count, make_model
-from evidence.tasks import TASKS, check_lengths
+from evidence.tasks import TASKS, InContextLanguage, check_lengths, ngram_distributions
 from resona import Resona
 from train_toy import IGNORE, WORLD, Rows, UserError
 
@@ -220,17 +222,38 @@ def compare_distributions(model: Resona, run: Run, task: Any) -> dict[str, Any]:
     for length in sorted(task.lengths):
         inputs, truth = task.distributions(np.random.default_rng([run.seed, 1, length]), length)
         logits, _ = model(torch.as_tensor(inputs, device=run.device))
-        scores[str(length)] = task.distance(logits.softmax(-1).cpu().numpy(), truth)
+        scores[str(length)] = task.compare(logits.softmax(-1).cpu().numpy(), truth)
     return scores
 
 
 def trained(task: str, model: str, seed: int, folder: Path) -> Resona:
     """A model trained at its best rate, from `folder` if it is there."""
-    path = folder / f"{task}-{model}-seed-{seed}" / f"{model}.pt"
+    run = Run(task, model, seed, best_rate(task, model))
+    path = folder / f"{task}-{model}-seed-{seed}-lr-{run.lr:g}" / f"{model}.pt"
     if path.exists():
         return Resona.load(path)
-    run = Run(task, model, seed, best_rate(task, model))
     return trained_model(run, make_task(run), path.parent)[0]
+
+
+def ngram_baselines(seed: int, folder: Path) -> dict[str, Any]:
+    """Of icll: what predictions from bigrams and trigrams of the row come to, by length."""
+    task = InContextLanguage()
+    result: dict[str, Any] = {"bigram": {}, "trigram": {}}
+    for length in task.lengths:
+        inputs, truth = task.distributions(np.random.default_rng([seed, 1, length]), length)
+        for n, name in ((2, "bigram"), (3, "trigram")):
+            predicted = ngram_distributions(inputs, n)
+            result[name][str(length)] = task.compare(predicted, truth)
+    return result
+
+
+def toy_output(folder: Path) -> dict[str, str]:
+    """What `python train_toy.py` prints, with PyTorch's own number of threads."""
+    environment = {**os.environ}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "train_toy.py", "--out", str(folder / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return {"output": done.stdout.replace(str(folder / "out"), "out")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,8 +277,11 @@ def sweep_of(task: str, model: str) -> dict[float, float]:
 
 
 def best_rate(task: str, model: str) -> float:
-    """The best of what is stored of a sweep; DEFAULT_RATE if nothing is."""
-    scores = sweep_of(task, model)
+    """The best of what is stored of a sweep; DEFAULT_RATE if nothing is.
+
+    A variant without a sweep, like "ssm-4", has the rate of what it varies, "ssm".
+    """
+    scores = sweep_of(task, model) or sweep_of(task, model.split("-")[0])
     return max(scores, key=scores.__getitem__) if scores else DEFAULT_RATE
 
 
