@@ -37,6 +37,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+import train_toy
 from evidence.ablations import ABLATIONS
 from evidence.backbones import FOREIGN
 from evidence.models import MODELS, STATES
@@ -75,13 +76,13 @@ class Comparison:
 
 COMPARISONS = [
     Comparison("copy", BRANCH_COPIES, 60),
-    Comparison("bilingual", BRANCH_COPIES, 110),
+    Comparison("bilingual", BRANCH_COPIES, 110, more_seeds={"resona": 8}),
     Comparison("text", (*COMPARED, "narrow"), 170, seeds=5),
     Comparison("overwritten", COMPARED, 160, more_seeds={"resona": 8}),
-    Comparison("mqar", BRANCH_COPIES, 90),
+    Comparison("mqar", BRANCH_COPIES, 90, more_seeds={"resona": 8}),
     Comparison("icll", COMPARED, 150),
-    Comparison("ngram", COMPARED, 150),
-    Comparison("needle", MAD, 110),
+    Comparison("ngram", COMPARED, 150, more_seeds={"resona": 8}),
+    Comparison("needle", MAD, 110, more_seeds={"resona": 8}),
     Comparison("selective", MAD, 100),
     Comparison("fuzzy", MAD, 90),
     Comparison("recall", MAD, 60),
@@ -106,6 +107,7 @@ def all_jobs() -> Iterator[Job]:
     yield from costs()
     for comparison in COMPARISONS[3:]:
         yield from jobs_of(comparison)
+    yield from half_the_steps()
     yield from small_states()
     yield from others()
 
@@ -166,6 +168,8 @@ def ablations() -> Iterator[Job]:
         yield from ablation("copy", label, 50, steps=250, lengths=(32, 128, 512))
     for label in ("no recurrence", "query without the state", "α without the score"):
         yield from ablation("bilingual", label, 110)
+    for task in ("mqar", "ngram"):
+        yield from ablation(task, "α without the score", 120)
     yield from ablation("overwritten", "no search loss", 160)
     for label in ("α without the score", "α with the score, no gradient", "no search loss"):
         yield from ablation("text", label, 170)
@@ -178,6 +182,15 @@ def ablation(task: str, label: str, seconds: float, **fields: Any) -> Iterator[J
         for seed in SEEDS:
             name = f"ablations/{task}/{file_name(label)}/seed-{seed}"
             yield run_job(task, "resona", seed, rate, seconds, name, change=label, **fields)
+
+
+def half_the_steps() -> Iterator[Job]:
+    """How reliably the search is learned in 500 steps of n-grams."""
+    rate = chosen_rate("ngram", "resona")
+    if rate is not None:
+        for seed in range(8):
+            name = f"ngram/half-the-steps/seed-{seed}"
+            yield run_job("ngram", "resona", seed, rate, 80, name, steps=500)
 
 
 def file_name(label: str) -> str:
@@ -499,6 +512,7 @@ def main(argv: list[str]) -> int:
             for job in jobs:
                 print(f"{'done' if done(job) else 'missing':<9}{job.name}")
             return 0
+        signal.signal(signal.SIGTERM, train_toy.stop)  # as Ctrl-C: no run is left alone
         return 1 if run_all(args.only, args.jobs) else 0
     except UserError as error:
         print(f"evidence.reproduce: {error}", file=sys.stderr)
