@@ -166,6 +166,7 @@ OVERWRITTEN = [
 ]
 NGRAM = [f"{form} {length}" for form in ("prefix", "suffix") for length in (32, 128, 512)]
 TEXT = ["plain 512", "plain 2048", "plain 8192"]
+STATE = [f"{swaps}{kind}" for swaps in (4, 16) for kind in ("", " moved", " kept")]
 PLACES = [f"from {start}" for start in (0, 64, 128, 256, 512, 1024, 2048, 4096)]
 AGAIN = ["again 512", "again 2048", "again 8192"]
 HEADLINE = ("recurrence", "transformer", "nope", "resona")
@@ -499,6 +500,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "text differences": text_differences,
     "text top k": text_top_k,
     "icll": icll,
+    "state": lambda: comparison("state", STATE, (*COMPARED, "gru", "resona-gru")),
     "states": states,
     "needle": lambda: comparison("needle", ["512", "1024", "4096", "16384"], HEADLINE),
     "million": million,

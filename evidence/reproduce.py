@@ -81,6 +81,7 @@ COMPARISONS = [
     Comparison("overwritten", COMPARED, 160, more_seeds={"resona": 8}),
     Comparison("mqar", BRANCH_COPIES, 90, more_seeds={"resona": 8}),
     Comparison("icll", COMPARED, 150),
+    Comparison("state", (*COMPARED, "gru", "resona-gru"), 200),
     Comparison("ngram", COMPARED, 150, more_seeds={"resona": 8}),
     Comparison("needle", MAD, 110, more_seeds={"resona": 8}),
     Comparison("selective", MAD, 100),

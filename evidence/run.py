@@ -222,7 +222,7 @@ def compare_distributions(model: Resona, run: Run, task: Any) -> dict[str, Any]:
     for length in sorted(task.lengths):
         inputs, truth = task.distributions(np.random.default_rng([run.seed, 1, length]), length)
         logits, _ = model(torch.as_tensor(inputs, device=run.device))
-        scores[str(length)] = task.compare(logits.softmax(-1).cpu().numpy(), truth)
+        scores[str(length)] = task.scores_of(logits.softmax(-1).cpu().numpy(), truth)
     return scores
 
 
@@ -243,7 +243,7 @@ def ngram_baselines(seed: int, folder: Path) -> dict[str, Any]:
         inputs, truth = task.distributions(np.random.default_rng([seed, 1, length]), length)
         for n, name in ((2, "bigram"), (3, "trigram")):
             predicted = ngram_distributions(inputs, n)
-            result[name][str(length)] = task.compare(predicted, truth)
+            result[name][str(length)] = task.scores_of(predicted, truth)
     return result
 
 

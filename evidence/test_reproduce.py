@@ -317,7 +317,7 @@ def fingerprints_with(monkeypatch, tmp_path, job, file, old, new):
     [
         ("train_toy", "# 1. forward and backward", "# another comment", ()),
         ("train_toy", '"""One update -> loss', '"""A step -> loss', ()),
-        ("train_toy", "diverged at step", "failed in step", ()),
+        ("resona", "backbone must be one of", "backbone may be one of", ()),
         ("train_toy", "A new string of", "A fresh string of", ()),
         ("train_toy", "CLIP = 1.0", "CLIP = 2.0", ("fingerprint", "script")),
         ("resona", "F.silu(gate)", "F.gelu(gate)", ("script",)),
