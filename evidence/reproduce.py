@@ -296,13 +296,27 @@ def fingerprint(modules: tuple[str, ...], starts: tuple[str, ...], more: str = "
         if name in reached or name not in found or name in TABLES:
             continue
         reached.add(name)
-        for node in ast.walk(ast.Module(found[name], [])):
-            if isinstance(node, ast.Name):
-                ahead.append(node.id)
-            elif isinstance(node, ast.Attribute):
-                ahead.append(node.attr)
+        for statement in found[name]:
+            ahead += names_used(statement)
     text = "\n".join(ast.dump(node) for name in sorted(reached) for node in found[name])
     return hashlib.sha256((text + more).encode()).hexdigest()[:12]
+
+
+def names_used(node: ast.AST) -> set[str]:
+    """The global names in a piece of code: `name`, or `module.name` of a module of ours."""
+    used: set[str] = set()
+    for child in ast.iter_child_nodes(node):
+        used |= names_used(child)
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        used.add(node.id)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        if node.value.id in ("resona", "train_toy", "run", "tasks", "models"):
+            used.add(node.attr)
+    if isinstance(node, ast.FunctionDef):
+        inside = list(ast.walk(node))
+        used -= {one.arg for one in inside if isinstance(one, ast.arg)}
+        used -= {one.id for one in inside if type(one) is ast.Name and type(one.ctx) is ast.Store}
+    return used
 
 
 @cache
