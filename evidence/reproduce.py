@@ -496,7 +496,7 @@ def run_all(only: list[str], at_once: int) -> int:
                 bar.total = bar.n + round(sum(job.seconds for job in missing))
     except KeyboardInterrupt:
         for _, process in running.values():
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # in the background a process may ignore Ctrl-C's signal
         for _, process in running.values():
             process.wait()
         raise
