@@ -1,9 +1,11 @@
-"""Recurrences of others under the branch: adapters, the state law, copying with it and without.
+"""Recurrences of other packages under the branch: adapters, the state law, copying.
 
-    pip install -r evidence/requirements.txt && python -m evidence.backbones
+    pip install -r evidence/requirements.txt
+    python -m evidence.backbones                # all of them, one after the other
+    python -m evidence.backbones GRU RWKV --seed 1
 
 Each is used as its package releases it. An adapter is what stands between it and PyTorch's
-convention for recurrent modules, output, state = module(input, state=None); check_backbone has seen
+convention for recurrent modules, output, state = module(input, state=None). check_backbone has seen
 each of them.
 """
 
@@ -11,35 +13,27 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import platform
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_toy
 from evidence.check_backbone import check_backbone
-from evidence.run import spread
-from train_toy import Copying, copy_string, packed
-
-RESULTS = Path(__file__).parent / "results" / "backbones.json"
-# of every training, with the branch or without
-STEPS = 300
-RATE = 5e-3
-ROW = 110  # tokens
-
+from resona import BACKBONES
+from train_toy import COPY_LETTERS, Rng, Rows, copy_string, packed
 
 # --------------------------------------------------------------------------------------------------
 # Adapters
 
 
-def rnn(cell: type[nn.RNNBase]) -> Callable[[int], nn.Module]:
+def rnn(cell: Callable[..., nn.Module]) -> Callable[[int], nn.Module]:
     return lambda d_model: cell(d_model, d_model, batch_first=True)
 
 
@@ -58,8 +52,8 @@ class MinGRU(nn.Module):
 
 class MambaPy(nn.Module):
     """
-    Its fast form returns no state, so it serves to train, and who goes on from () gets an error.
-    Else this takes its step for each token.
+    Its fast form returns no state, so it serves to train: there the state is (), and to go on from
+    that is an error. Otherwise this takes the package's step for each token.
     """
 
     def __init__(self, d_model: int):
@@ -86,7 +80,7 @@ class HuggingFace(nn.Module):
     """
     A mixer of transformers. It changes its cache in place; the state is the cache's two tensors,
     and each call writes them into a new cache. Mamba forgets a state when it is given more than one
-    token, so stepwise goes one by one.
+    token, so `stepwise` goes one by one.
     """
 
     def __init__(self, mixer: type[nn.Module], config: Any, stepwise: bool = False):
@@ -106,11 +100,13 @@ class HuggingFace(nn.Module):
         if self.stepwise and state is not None:
             parts = u.split(1, dim=1)
         y = torch.cat([self.mixer(part, cache=cache) for part in parts], dim=1)
-        return y, (cache.layers[0].conv_states[0], cache.layers[0].recurrent_states[0])
+        layer: Any = cache.layers[0]
+        return y, (layer.conv_states[0], layer.recurrent_states[0])
 
 
 def mamba(d_model: int) -> nn.Module:
-    from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
 
     # Without use_mambapy it loops over slices, and the cost of their gradient grows as L².
     config = MambaConfig(hidden_size=d_model, num_hidden_layers=1, expand=1, use_mambapy=True)
@@ -118,7 +114,8 @@ def mamba(d_model: int) -> nn.Module:
 
 
 def mamba2(d_model: int) -> nn.Module:
-    from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
     config = Mamba2Config(
         hidden_size=d_model,
@@ -141,31 +138,22 @@ class Rwkv4(nn.Module):
 
     def __init__(self, d_model: int):
         super().__init__()
-        from transformers import (
-            RwkvConfig,
-            RwkvModel,
-        )  # a whole model, as its layers alone are not initialized
+        from transformers import RwkvConfig, RwkvModel
 
-        self.cell = (
-            RwkvModel(RwkvConfig(vocab_size=1, hidden_size=d_model, num_hidden_layers=2))
-            .blocks[0]
-            .attention
-        )
+        # a whole model, as its layers alone are not initialized
+        model = RwkvModel(RwkvConfig(vocab_size=1, hidden_size=d_model, num_hidden_layers=2))
+        self.cell = model.blocks[0].attention
 
     def forward(self, u: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
         from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention
 
+        cell: Any = self.cell
         before, sums = state or (torch.zeros_like(u[:, :1]), None)
-        receptance, key, value, _ = self.cell.extract_key_value(torch.cat([before, u], dim=1))
+        r, k, v, _ = cell.extract_key_value(torch.cat([before, u], dim=1))
         y, sums = rwkv_linear_attention(
-            self.cell.time_decay,
-            self.cell.time_first,
-            key[:, 1:],
-            value[:, 1:],
-            sums,
-            return_state=True,
+            cell.time_decay, cell.time_first, k[:, 1:], v[:, 1:], sums, return_state=True
         )
-        return self.cell.output(receptance[:, 1:] * y), (u[:, -1:], sums)
+        return cell.output(r[:, 1:] * y), (u[:, -1:], sums)
 
 
 class FlaDeltaRule(nn.Module):
@@ -173,21 +161,18 @@ class FlaDeltaRule(nn.Module):
 
     def __init__(self, d_model: int, n_head: int = 4):
         super().__init__()
-        self.qkv, self.beta = (
-            nn.Linear(d_model, 3 * d_model, bias=False),
-            nn.Linear(d_model, n_head),
-        )
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.beta_proj = nn.Linear(d_model, n_head)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, u: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         from fla.ops.delta_rule.naive import delta_rule_recurrence
 
-        beta = self.beta(u).sigmoid().mT  # (B, H, L)
-        q, k, v = (
-            self.qkv(u).unflatten(2, (3, beta.shape[1], -1)).permute(2, 0, 3, 1, 4)
-        )  # (B, H, L, E)
+        beta = self.beta_proj(u).sigmoid().mT  # (B, H, L)
+        qkv = self.qkv_proj(u).unflatten(2, (3, beta.shape[1], -1))  # (B, L, 3, H, E)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, E)
         y, state = delta_rule_recurrence(q, F.normalize(k, dim=-1), v, beta, state)
-        return self.output(y.transpose(1, 2).flatten(2)), state
+        return self.o_proj(y.transpose(1, 2).flatten(2)), state
 
 
 class FlaGatedDeltaRule(nn.Module):
@@ -198,27 +183,22 @@ class FlaGatedDeltaRule(nn.Module):
 
     def __init__(self, d_model: int, n_head: int = 4):
         super().__init__()
-        self.qkv, self.gates = (
-            nn.Linear(d_model, 3 * d_model, bias=False),
-            nn.Linear(d_model, 2 * n_head),
-        )
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.gates_proj = nn.Linear(d_model, 2 * n_head)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, u: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 
-        beta, g = self.gates(u).chunk(2, dim=-1)  # (B, L, H)
-        q, k, v = self.qkv(u).unflatten(2, (3, beta.shape[2], -1)).unbind(2)  # (B, L, H, E)
+        beta, g = self.gates_proj(u).chunk(2, dim=-1)  # (B, L, H)
+        q, k, v = self.qkv_proj(u).unflatten(2, (3, beta.shape[2], -1)).unbind(2)  # (B, L, H, E)
+        k = F.normalize(k, dim=-1)
+        beta = beta.sigmoid()
+        g = F.logsigmoid(g)
         y, state = naive_recurrent_gated_delta_rule(
-            q,
-            F.normalize(k, dim=-1),
-            v,
-            beta.sigmoid(),
-            F.logsigmoid(g),
-            initial_state=state,
-            output_final_state=True,
+            q, k, v, beta, g, initial_state=state, output_final_state=True
         )
-        return self.output(y.flatten(2).to(u)), state
+        return self.o_proj(y.flatten(2).to(u)), state
 
 
 class FlaGLA(nn.Module):
@@ -226,37 +206,97 @@ class FlaGLA(nn.Module):
 
     def __init__(self, d_model: int, n_head: int = 4):
         super().__init__()
-        self.n_head, self.qkvg = n_head, nn.Linear(d_model, 4 * d_model)
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.n_head = n_head
+        self.qkvg_proj = nn.Linear(d_model, 4 * d_model)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, u: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         from fla.ops.gla.naive import naive_recurrent_gla
 
-        q, k, v, g = self.qkvg(u).unflatten(2, (4, self.n_head, -1)).unbind(2)  # (B, L, H, E)
-        y, state = naive_recurrent_gla(
-            q, k, v, F.logsigmoid(g) / 16, state, output_final_state=True
-        )
-        return self.output(y.flatten(2)), state
+        q, k, v, g = self.qkvg_proj(u).unflatten(2, (4, self.n_head, -1)).unbind(2)  # (B, L, H, E)
+        g = F.logsigmoid(g) / 16
+        y, state = naive_recurrent_gla(q, k, v, g, state, output_final_state=True)
+        return self.o_proj(y.flatten(2)), state
 
 
-# name -> how it is made, what of that is adapter
-FOREIGN: dict[str, tuple[Callable[[int], nn.Module], list[Any]]] = {
-    "torch.nn.GRU": (rnn(nn.GRU), []),
-    "torch.nn.LSTM": (rnn(nn.LSTM), []),
-    "torch.nn.RNN": (rnn(nn.RNN), []),
-    "minGRU-pytorch minGRU": (MinGRU, [MinGRU]),
-    "mambapy MambaBlock": (MambaPy, [MambaPy]),
-    "transformers Mamba": (mamba, [HuggingFace, mamba]),
-    "transformers Mamba-2": (mamba2, [HuggingFace, mamba2]),
-    "transformers RWKV-4": (Rwkv4, [Rwkv4]),
-    "fla delta rule, naive": (FlaDeltaRule, [FlaDeltaRule]),
-    "fla Gated DeltaNet, naive": (FlaGatedDeltaRule, [FlaGatedDeltaRule]),
-    "fla GLA, naive": (FlaGLA, [FlaGLA]),
+@dataclass(frozen=True)
+class Foreign:
+    """A recurrence of another package."""
+
+    make: Callable[[int], nn.Module]  # d_model -> module
+    packages: tuple[str, ...]  # that it needs, as pip calls them
+    adapter: tuple[Any, ...] = ()  # what of this file is adapter
+
+
+FLA = ("flash-linear-attention",)
+FOREIGN = {
+    "torch.nn.GRU": Foreign(rnn(nn.GRU), ("torch",)),
+    "torch.nn.LSTM": Foreign(rnn(nn.LSTM), ("torch",)),
+    "torch.nn.RNN": Foreign(rnn(nn.RNN), ("torch",)),
+    "minGRU-pytorch minGRU": Foreign(MinGRU, ("minGRU-pytorch",), (MinGRU,)),
+    "mambapy MambaBlock": Foreign(MambaPy, ("mambapy",), (MambaPy,)),
+    "transformers Mamba": Foreign(mamba, ("transformers", "mambapy"), (HuggingFace, mamba)),
+    "transformers Mamba-2": Foreign(mamba2, ("transformers",), (HuggingFace, mamba2)),
+    "transformers RWKV-4": Foreign(Rwkv4, ("transformers",), (Rwkv4,)),
+    "fla delta rule, naive": Foreign(FlaDeltaRule, FLA, (FlaDeltaRule,)),
+    "fla Gated DeltaNet, naive": Foreign(FlaGatedDeltaRule, FLA, (FlaGatedDeltaRule,)),
+    "fla GLA, naive": Foreign(FlaGLA, FLA, (FlaGLA,)),
 }
 
 
 # --------------------------------------------------------------------------------------------------
 # Measuring
+
+
+class ShortCopying(train_toy.Copying):
+    """Copying in rows half as long, for several of these recurrences go through a row in a loop."""
+
+    row = 110  # tokens
+    lengths = [32, 128]
+    lr = {"recurrence": 5e-3, "resona": 5e-3}  # for all
+    steps = 300
+
+    def batch(self, rng: Rng) -> Rows:
+        shortest, longest = COPY_LETTERS
+        return packed(rng, copy_string, shortest, longest, self.row)
+
+
+def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train a recurrence of FOREIGN to copy, alone and under the branch, with equal parameters.
+
+    -> "adapter": lines of it
+       "law": the largest break of the state law
+       "recurrence", "resona": alone and with the branch, length of the string -> letters right
+       "parameters": of both
+       "versions": of the packages
+
+    folder: for the states of the trainings; what was stopped goes on from there. Raises ImportError
+    if a package is not installed.
+    """
+    foreign = FOREIGN[name]
+    BACKBONES[name] = foreign.make  # a model is saved with the name of its recurrence
+    torch.manual_seed(seed)
+    check_backbone(foreign.make(64), 64)
+    report: dict[str, Any] = {
+        "adapter": sum(count_lines(part) for part in foreign.adapter),
+        "law": law_error(foreign.make(64), 64),
+        "parameters": {},
+        "versions": {package: version(package) for package in foreign.packages},
+    }
+    flags = ["--device", "cpu", "--seed", str(seed), "--out", str(folder), "--resume"]
+    args = train_toy.make_parser().parse_args(flags)
+    folder.mkdir(parents=True, exist_ok=True)
+    task = ShortCopying()
+    for kind in ("recurrence", "resona"):
+        torch.manual_seed(seed)
+        model = train_toy.make_model(kind, name, task)
+        train_toy.train(kind, model, task, args)
+        model.eval()
+        report[kind] = {}
+        for length, rows in train_toy.draw_tests(task, seed).items():
+            report[kind][length] = train_toy.evaluate(model, rows, "cpu")["token_accuracy"]
+        report["parameters"][kind] = train_toy.count(model)
+    return report
 
 
 @torch.no_grad()
@@ -276,102 +316,36 @@ def law_error(module: nn.Module, d_model: int) -> float:
     return worst
 
 
-def copying(
-    make: Callable[[int], nn.Module], name: str, seed: int = 0, steps: int = STEPS
-) -> dict[str, Any]:
-    """
-    Train train_toy's model of this name, "resona" or "recurrence" (which is as large), on copying.
-
-    -> the share of letters right in copies of 32 and of 128 letters, and the number of parameters
-    """
-    torch.manual_seed(seed)
-    task = Copying()
-    rng = np.random.default_rng(seed)
-    model = train_toy.make_model(name, make, task)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=train_toy.BETAS, weight_decay=train_toy.DECAY
-    )
-    for step in range(steps):
-        inputs, targets = packed(rng, copy_string, 4, 32, ROW)
-        lr = RATE * min((step + 1) / 20, 1 - step / steps)
-        train_toy.train_step(
-            model,
-            optimizer,
-            lr,
-            torch.as_tensor(inputs),
-            torch.as_tensor(targets),
-            train_toy.search_weight(step, steps),
-            train_toy.TRAIN_TOP_K,
-        )
-    model.eval()
-    report: dict[str, Any] = {}
-    for length in (32, 128):
-        rows = task.test(np.random.default_rng(seed + 1), length)[str(length)]
-        report[str(length)] = train_toy.evaluate(model, rows, "cpu")["token_accuracy"]
-    return {**report, "parameters": train_toy.count(model)}
-
-
-def lines(sources: list[Any]) -> int:
+def count_lines(source: Any) -> int:
     """Of code and docstrings, without empty ones."""
-    every = [line for source in sources for line in inspect.getsource(source).splitlines()]
-    return sum(line.strip() != "" for line in every)
-
-
-def measure(make: Callable[[int], nn.Module], adapter: list[Any], seeds: range) -> dict[str, Any]:
-    """Lines of the adapter, largest break of the state law; by model, copying with each seed."""
-    check_backbone(make(64), 64)
-    return {
-        "adapter": lines(adapter),
-        "law": law_error(make(64), 64),
-        "recurrence": [copying(make, "recurrence", seed) for seed in seeds],
-        "resona": [copying(make, "resona", seed) for seed in seeds],
-    }
+    return sum(line.strip() != "" for line in inspect.getsource(source).splitlines())
 
 
 def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
-    parser = argparse.ArgumentParser("evidence.backbones", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help="of recurrences, or parts of names (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="so many (default: 1)")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results"
-    )
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser("evidence.backbones", description=description)
+    add = parser.add_argument
+    add("names", nargs="*", help="of recurrences, or parts of names (default: all)")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--out", type=Path, default=Path("out/backbones"), help="default: out/backbones")
     args = parser.parse_args(argv)
-    if args.seed < 0 or args.seeds < 1:
-        parser.error(
-            f"--seed must be at least 0 and --seeds at least 1, got {args.seed} and {args.seeds}"
-        )
+    chosen = [x for x in FOREIGN if not args.names or any(part in x for part in args.names)]
+    if not chosen:
+        parser.error(f"no name contains {' or '.join(args.names)}; there are {', '.join(FOREIGN)}")
     torch.set_num_threads(1)
-    known = {}
-    if args.out.exists() and args.names:
-        known = json.loads(args.out.read_text())["recurrences"]
-    report = {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "steps": STEPS,
-        "rate": RATE,
-        "recurrences": known,
-    }
-    print(f"{'':<27}adapter  state law{'alone: 32':>14}{'128':>14}{'branch: 32':>14}{'128':>14}")
-    seeds = range(args.seed, args.seed + args.seeds)
-    for name, (make, adapter) in FOREIGN.items():
-        if args.names and not any(part in name for part in args.names):
-            continue
+    print(f"{'':<27}adapter  state law  alone: 32     128  branch: 32     128")
+    for name in chosen:
+        folder = args.out / name.replace(" ", "-") / f"seed-{args.seed}"
         try:
-            one = measure(make, adapter, seeds)
+            one = measure(name, args.seed, folder)
         except ImportError as error:
-            print(f"{name:<27}not installed: {error.name}")
+            print(f"{name:<27}not installed: {error.name or error}")
             continue
-        report["recurrences"][name] = one
-        cells = [
-            spread(run[length] for run in one[model])
-            for model in ("recurrence", "resona")
-            for length in ("32", "128")
-        ]
-        table = "".join(f"{cell:>14}" for cell in cells)
-        print(f"{name:<27}{one['adapter']:>7}{one['law']:>11.0e}{table}", flush=True)
-        args.out.write_text(json.dumps(report, indent=1))
+        cells = f"{one['adapter']:>7}{one['law']:>11.0e}"
+        cells += f"{one['recurrence']['32']:>11.3f}{one['recurrence']['128']:>8.3f}"
+        cells += f"{one['resona']['32']:>12.3f}{one['resona']['128']:>8.3f}"
+        print(f"{name:<27}{cells}", flush=True)
     return 0
 
 

@@ -1,14 +1,12 @@
 """The models that tutorial.ipynb loads, as they train for too long to do it there.
 
-    python -m evidence.notebook limit           # how many letters a state holds: two hours
-    python -m evidence.notebook parts           # without one part of Resona: a quarter of an hour
-    python -m evidence.notebook limit --resume  # goes on after Ctrl-C
+    python -m evidence.notebook limit 64 32000            # how many letters 64 channels hold
+    python -m evidence.notebook parts late-keys 800       # bilingual without one part of Resona
 
-limit: recurrences of two layers of 8 to 64 channels, whose state has twice as many numbers, learn
-to copy strings of 4 to 32 letters. parts: one layer learns bilingual, with one thing taken out at a
-time, at the rates of train_toy.py. Both with seed 0, with each number of steps from the start.
-Writes to evidence/results limit.json and parts.json, what each has after so many steps, and
-limit-<width>.pt and parts-<name>.pt, those trained longest, in half precision.
+limit: a recurrence of two layers, whose state has twice as many numbers as it has channels, learns
+to copy strings of 4 to 32 letters. parts: one layer learns bilingual, with one thing taken out, at
+the rates of train_toy.py. All with seed 0. What was stopped goes on where it was last saved. A
+model that was trained for the longest of the times is written to evidence/results.
 """
 
 from __future__ import annotations
@@ -19,20 +17,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+import train_toy
 from evidence.models import make_model, replace_branch
-from evidence.run import ABLATIONS
 from resona import Resona, ResonaConfig
-from train_toy import Bilingual, Copying, evaluate, train, write
+from train_toy import Bilingual, Copying, Task
 
 RESULTS = Path(__file__).with_name("results")
 # channels -> learning rate, the better of these two
 WIDTHS = {8: 1e-2, 16: 2e-2, 32: 2e-2, 64: 2e-2}
 LIMIT_STEPS = (2000, 8000, 32000)
+LENGTHS = [4, 8, 16, 32, 64, 128]  # letters of the strings that are tested
 PARTS_STEPS = (400, 800)
-# what was taken out -> evidence.run's word for it
+# what was taken out -> the word for it in evidence.ablations
 PARTS = {
     "nothing": "as it is",
     "recurrence": "no recurrence",
@@ -44,81 +42,85 @@ PARTS = {
 OTHERS = {"retrieval": ("recurrence", 2e-3), "attention": ("nope", 3e-3)}
 
 
-def trained(
-    name: str, model: Resona, task: Any, steps: int, lr: float, args: argparse.Namespace
-) -> Resona:
+def limit(width: int, steps: int, folder: Path) -> dict[str, float]:
+    """-> length of the string -> letters right, the end included, on average.
+
+    The model goes to folder/limit-<width>-<steps>.pt; that of the longest training is stored.
+    """
+    torch.manual_seed(0)
+    task = Copying()
+    task.lengths = LENGTHS
+    config = ResonaConfig(task.vocab_size, d_model=width, d_ff=2 * width, retrieval=False)
+    model = Resona(config)
+    train(f"limit-{width}-{steps}", model, task, steps, WIDTHS[width], folder)
+    if steps == LIMIT_STEPS[-1]:
+        store(folder / f"limit-{width}-{steps}.pt")
+    report = {}
+    for length, rows in train_toy.draw_tests(task, 0).items():
+        tokens = int(length) + 1
+        report[length] = tokens * train_toy.evaluate(model, rows, "cpu")["token_accuracy"]
+    return report
+
+
+def part(name: str, steps: int, folder: Path) -> dict[str, float]:
+    """-> "16": the share of translations right, with 16 words in the dictionary.
+
+    name: what is taken out, of PARTS or OTHERS. The model goes to folder/parts-<name>-<steps>.pt;
+    that of the longest training is stored.
+    """
+    from evidence.ablations import ABLATIONS
+
+    torch.manual_seed(0)
+    task = Bilingual()
+    task.lengths = [16]
+    task.config = {**task.config, "n_layer": 1}
+    kind, rate = OTHERS.get(name, ("resona", task.lr["resona"]))
+    model = make_model(kind, "gated", task)
+    if name in PARTS:
+        layer: Any = model.layers[0]
+        replace_branch(layer, ABLATIONS[PARTS[name]].branch)
+    train(f"parts-{name}-{steps}", model, task, steps, rate, folder)
+    if steps == PARTS_STEPS[-1]:
+        store(folder / f"parts-{name}-{steps}.pt")
+    rows = train_toy.draw_tests(task, 0)["16"]
+    return {"16": train_toy.evaluate(model, rows, "cpu")["token_accuracy"]}
+
+
+def train(label: str, model: Resona, task: Task, steps: int, rate: float, folder: Path) -> None:
+    """With seed 0, and go on from what is saved in the folder."""
     task.steps = steps
-    task.lr = {name: lr}
-    train(name, model, task, args)
-    return model
+    task.lr = {label: rate}
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["--device", "cpu", "--out", str(folder), "--save-every", "500", "--resume"]
+    train_toy.train(label, model, task, train_toy.make_parser().parse_args(flags))
 
 
-def limit(args: argparse.Namespace) -> dict:
-    """-> width -> steps -> length of the string -> letters right, the end included, on average."""
-    report: dict = {}
-    for width, rate in WIDTHS.items():
-        for steps in LIMIT_STEPS:
-            torch.manual_seed(0)
-            model = Resona(
-                ResonaConfig(Copying.vocab_size, d_model=width, d_ff=2 * width, retrieval=False)
-            )
-            task = Copying()
-            trained(f"recurrence-{width}-{steps}", model, task, steps, rate, args)
-            scores = {}
-            for n in (4, 8, 16, 32, 64, 128):
-                rows = task.test(np.random.default_rng([0, 1, n]), n)[str(n)]
-                scores[n] = (n + 1) * evaluate(model, rows, "cpu")["token_accuracy"]
-            report.setdefault(width, {})[steps] = scores
-            print(
-                f"{width} channels, {steps} steps:",
-                *(f"{score:.1f} of {n}," for n, score in scores.items()),
-            )
-        model.half().save(RESULTS / f"limit-{width}.pt")
-    return report
-
-
-def parts(args: argparse.Namespace) -> dict:
-    """-> what was taken out -> steps -> share of the translations right."""
-    report: dict = {}
-    for name in (*PARTS, *OTHERS):
-        for steps in PARTS_STEPS:
-            torch.manual_seed(0)
-            task = Bilingual()
-            kind, lr = OTHERS.get(name, ("resona", task.lr["resona"]))
-            task.config = {"chunk_size": 2, "n_layer": 1}
-            model = make_model(kind, "gated", task)
-            if name in PARTS:
-                replace_branch(model.layers[0], ABLATIONS[PARTS[name]].branch)
-            trained(f"{name}-{steps}", model, task, steps, lr, args)
-            rows = task.test(np.random.default_rng([0, 1, 16]), 16)["16"]
-            report.setdefault(name, {})[steps] = evaluate(model, rows, "cpu")["token_accuracy"]
-            print(f"without {name}, {steps} steps: {report[name][steps]:.3f}")
-        model.half().save(RESULTS / f"parts-{name}.pt")
-    return report
+def store(checkpoint: Path) -> None:
+    """A model in half precision where the notebook loads it: limit-64-32000.pt as limit-64.pt."""
+    name, _, _ = checkpoint.stem.rpartition("-")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    Resona.load(checkpoint).half().save(RESULTS / f"{name}.pt")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("which", choices=("limit", "parts"))
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/notebook"), help="folder of training states"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the training states in --out"
-    )
+    """Run with these flags -> exit status."""
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser("evidence.notebook", description=description)
+    add = parser.add_argument
+    add("which", choices=("limit", "parts"))
+    add("name", help=f"channels, of {[*WIDTHS]}; or what is taken out, of {[*PARTS, *OTHERS]}")
+    add("steps", type=int, help=f"the notebook needs {LIMIT_STEPS}, and {PARTS_STEPS}")
+    add("--out", type=Path, default=Path("out/notebook"), help="default: out/notebook")
     args = parser.parse_args(argv)
-    args.seed = 0
-    args.device = "cpu"
-    args.save_every = 500
-    args.out.mkdir(parents=True, exist_ok=True)
+    names = {"limit": [str(width) for width in WIDTHS], "parts": [*PARTS, *OTHERS]}[args.which]
+    if args.name not in names:
+        parser.error(f"{args.which} is of {', '.join(names)}, got {args.name}")
+    torch.set_num_threads(1)
     if args.which == "limit":
-        args.task = "copy"
-        report = limit(args)
+        report = limit(int(args.name), args.steps, args.out)
     else:
-        args.task = "bilingual"
-        report = parts(args)
-    text = json.dumps(report, indent=1)
-    write(RESULTS / f"{args.which}.json", lambda file: file.write(text.encode()))
+        report = part(args.name, args.steps, args.out)
+    print(json.dumps(report))
     return 0
 
 

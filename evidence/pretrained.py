@@ -1,9 +1,9 @@
 """The branch in a model that is trained already: Hugging Face's Mamba, frozen, learns to copy.
 
-    pip install -r evidence/requirements.txt && python -m evidence.pretrained
+    pip install -r evidence/requirements.txt
+    python -m evidence.pretrained               # six minutes
 
-1. A small MambaForCausalLM is trained on text, the documentation inside Python, byte by byte, for
-   some minutes.
+1. A small MambaForCausalLM is trained on text, the documentation inside Python, byte by byte.
 2. A closed branch goes into each mixer. Its gate is zero, so no logit changes.
 3. The branch alone is trained, the model's own weights are frozen: first on strings to copy, which
    teaches it to search, then on rows of which a quarter are text, which teaches it to keep out of
@@ -19,7 +19,6 @@ To load real weights in the place of step 1, and then train on rows made by thei
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -34,14 +33,19 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, logging
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from evidence.run import spread
-from evidence.tasks import read_documentation
+import train_toy
 from resona import Memory, Retrieval, ShortConv, map_tensors
-from train_toy import IGNORE, Rng, Rows, copy_string, packed, shift
+from train_toy import BETAS, DECAY, IGNORE, TRAIN_TOP_K, Rng, Rows, copy_string, packed, shift
 
-RESULTS = Path(__file__).parent / "results" / "pretrained.json"
+CONFIG = MambaConfig(
+    vocab_size=256, hidden_size=64, state_size=8, num_hidden_layers=2, use_mambapy=True
+)
+STEPS = 400  # of each training
+RATE = 1e-2  # at the peak
+GATE_RATE = 10  # times that; at the rate of the rest the gates hardly open
 ROW = 256  # bytes
 LENGTHS = (32, 128)  # letters of the strings that generate copies
+STRINGS = 32  # of each length
 # of train_toy's strings
 ALPHABET = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz$|.", np.uint8).astype(np.int64)
 
@@ -53,11 +57,12 @@ ALPHABET = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz$|.", np.uint8).astype(np.i
 class WithBranch(nn.Module):
     """A mixer, and the branch beside it: instead of y = mixer(z), a mix of y and what was found."""
 
-    def __init__(self, mixer: nn.Module, d_model: int):
+    def __init__(self, mixer: Any, d_model: int):
         super().__init__()
         self.mixer = mixer
         self.conv = ShortConv(d_model, 4)
         self.branch = Retrieval(d_model, chunk_size=2, zero_init=True)
+        self.options: dict[str, Any] = {}  # of the branch; LikeResona sets them
 
     def forward(
         self, z: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None
@@ -69,7 +74,7 @@ class WithBranch(nn.Module):
         state = BranchState.of(cache, self.mixer.layer_idx)
         y = self.mixer(z, cache=cache)
         u, state.conv = self.conv(z, state.conv)
-        y, state.memory = self.branch(z, u, y, state.memory)
+        y, state.memory = self.branch(z, u, y, state.memory, **self.options)
         return y
 
 
@@ -85,13 +90,16 @@ class BranchState(LinearAttentionLayer):
         """The state in this layer of a cache. A layer that is still empty gets a new one."""
         if cache is None:
             return cls()
-        if not isinstance(cache.layers[layer], cls):
-            if getattr(cache.layers[layer], "device", None) is not None:  # something is in it
-                raise ValueError("the cache was filled by a model without the branch")
-            cache.layers[layer] = cls()
-        return cache.layers[layer]
+        found: Any = cache.layers[layer]
+        if isinstance(found, cls):
+            return found
+        if getattr(found, "device", None) is not None:  # something is in it
+            raise ValueError("the cache was filled by a model without the branch")
+        new = cls()
+        cache.layers[layer] = new
+        return new
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self.conv, self.memory = map_tensors(
             lambda x: x.index_select(0, beam_idx.to(x.device)), (self.conv, self.memory)
@@ -112,7 +120,7 @@ def add_branch(model: MambaForCausalLM) -> MambaForCausalLM:
     return model
 
 
-def trained_weights(model: MambaForCausalLM) -> dict[str, Tensor]:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
@@ -127,16 +135,29 @@ def load(base: Path, branch: Path) -> MambaForCausalLM:
 
 
 # --------------------------------------------------------------------------------------------------
-# Rows, training, measuring
+# Rows
 
 
-def text_rows(rng: Rng, text: np.ndarray, rows: int) -> Rows:
+def read_documentation() -> tuple[np.ndarray, np.ndarray]:
+    """Bytes to train on, and held-out ones, of the documentation in CPython, split by topic."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    held_out = names[::10]
+    trained = [name for name in names if name not in names[6::10] + held_out]
+    parts = ["\n".join(topics[name] for name in part).encode() for part in (trained, held_out)]
+    train, test = (np.frombuffer(part, np.uint8).astype(np.int64) for part in parts)
+    return train, test
+
+
+def text_rows(rng: Rng, text: np.ndarray, rows: int = 8) -> Rows:
+    """-> inputs, targets: (rows, ROW)"""
     at = rng.integers(0, len(text) - ROW, rows)
     return shift([text[i : i + ROW + 1] for i in at], np.ones((rows, ROW + 1), dtype=bool))
 
 
-def copy_rows(rng: Rng, rows: int) -> Rows:
-    """Rows of train_toy's copying, in bytes: $cat|cat."""
+def copy_rows(rng: Rng, rows: int = 8) -> Rows:
+    """Rows of train_toy's copying, in bytes: $cat|cat. -> inputs, targets: (rows, ROW)"""
     inputs, targets = packed(rng, copy_string, 4, 32, ROW)
     inputs, targets = inputs[:rows], targets[:rows]
     return ALPHABET[inputs], np.where(targets == IGNORE, IGNORE, ALPHABET[targets.clip(0)])
@@ -148,50 +169,83 @@ def both_rows(rng: Rng, text: np.ndarray) -> Rows:
     return np.concatenate([strings[0], texts[0]]), np.concatenate([strings[1], texts[1]])
 
 
-def loss_of(model: MambaForCausalLM, rows: Rows) -> Tensor:
-    """Cross-entropy, over the targets that are scored."""
-    inputs, targets = torch.as_tensor(rows[0]), torch.as_tensor(rows[1])
-    logits = model(inputs).logits
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+# --------------------------------------------------------------------------------------------------
+# Training and testing
+
+
+class LikeResona(nn.Module):
+    """The model, called as train_toy calls a Resona.
+
+    Its layers would not hand on top_k and trace, so the mixers get them beforehand.
+    """
+
+    def __init__(self, model: MambaForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, tokens: Tensor, state: None = None, top_k: int | None = None, trace: Any = None
+    ) -> tuple[Tensor, None]:
+        """tokens: (B, L) -> logits: (B, L, vocab_size), and no state"""
+        mixers = [module for module in self.model.modules() if isinstance(module, WithBranch)]
+        for mixer in mixers:
+            mixer.options = {"top_k": top_k, "trace": trace}
+        logits = self.model(tokens).logits
+        for mixer in mixers:
+            mixer.options = {}
+        return logits, None
 
 
 def train(
-    model: MambaForCausalLM, batch: Callable[[Rng], Rows], steps: int, rate: float, seed: int = 0
+    model: MambaForCausalLM, label: str, batch: Callable[[Rng], Rows], steps: int, seed: int
 ) -> None:
-    """
-    Train what is not frozen. Gates ten times as fast: at the rate of the rest they hardly open.
-    """
+    """Train what is not frozen, on rows that batch(rng) draws."""
     model.train()
+    optimizer = make_optimizer(model)
     rng = np.random.default_rng(seed)
-    weights = trained_weights(model)  # of a model without a branch, all
-    gates = [weights[name] for name in weights if name.endswith("gate")]
-    rest = [weights[name] for name in weights if not name.endswith("gate")]
-    optimizer = torch.optim.AdamW(
-        [{"params": rest}, {"params": gates}], betas=(0.9, 0.99), weight_decay=0.01
-    )
-    for step in range(steps):
-        for group, factor in zip(optimizer.param_groups, (1, 10), strict=True):
-            group["lr"] = factor * rate * min((step + 1) / 20, 1 - step / steps)
-        loss = loss_of(model, batch(rng))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimizer.step()
-        if (step + 1) % 50 == 0:
-            print(f"  step {step + 1}: loss {loss:.3f}", file=sys.stderr)
+    for step in train_toy.progress_bar(label, 0, steps):
+        train_toy.train_step(
+            LikeResona(model),
+            optimizer,
+            train_toy.learning_rate(step, steps, RATE),
+            *train_toy.to_device(batch(rng), "cpu"),
+            search_weight=train_toy.search_weight(step, steps),
+            top_k=TRAIN_TOP_K,
+        )
+    model.zero_grad()  # of weights that are frozen next, too: train_step would clip by them
     model.eval()
 
 
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW as train_toy's, but gates are a group of their own and learn faster."""
+    weights = trained_weights(model)  # of a model without a branch, all
+    gates = [weights[name] for name in weights if name.endswith("gate")]
+    rest = [weights[name] for name in weights if not name.endswith("gate")]
+    groups = [{"params": rest}, {"params": gates}]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=DECAY)
+
+    def set_rate_of_gates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        rest, gates = optimizer.param_groups
+        gates["lr"] = GATE_RATE * rest["lr"]
+
+    optimizer.register_step_pre_hook(set_rate_of_gates)  # train_step sets the first group's rate
+    return optimizer
+
+
 @torch.no_grad()
-def measure(model: MambaForCausalLM, held_out: np.ndarray, strings: int = 32) -> dict[str, float]:
+def score(model: MambaForCausalLM, held_out: np.ndarray) -> dict[str, float]:
     """
     Bits per byte of held-out text; and by length the share of letters right that generate copies.
     """
     rng = np.random.default_rng(1)
-    losses = [loss_of(model, text_rows(rng, held_out, 8)).item() for _ in range(8)]
-    report = {"bits": sum(losses) / len(losses) / math.log(2)}
+    bits = []
+    for _ in range(8):
+        inputs, targets = train_toy.to_device(text_rows(rng, held_out), "cpu")
+        loss = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+        bits.append(loss.item() / math.log(2))
+    report = {"bits": sum(bits) / len(bits)}
     for length in LENGTHS:
-        drawn = np.stack([copy_string(rng, length)[0] for _ in range(strings)])
+        drawn = np.stack([copy_string(rng, length)[0] for _ in range(STRINGS)])
         rows = torch.as_tensor(ALPHABET[drawn])
         prompt, answer = rows.split([length + 2, length + 1], dim=1)  # $cat| and cat.
         written = model.generate(
@@ -209,78 +263,66 @@ def measure(model: MambaForCausalLM, held_out: np.ndarray, strings: int = 32) ->
 # All of it, in order
 
 
-def demonstrate(
-    config: MambaConfig, steps: int, out: Path, strings: int = 32, seed: int = 0
-) -> dict[str, Any]:
+def measure(seed: int, folder: Path, steps: int = STEPS) -> dict[str, dict[str, float]]:
+    """-> stage -> what score says after it; of the closed branch also its "change of logits".
+
+    steps: of each training. The model goes to folder/base, the branch to folder/branch.pt.
+    """
+    logging.set_verbosity_error()
     torch.manual_seed(seed)
     text, held_out = read_documentation()
-    model = MambaForCausalLM(config)
-    report: dict[str, Any] = {}
-    stages = {
-        "the branch trained on strings": lambda rng: copy_rows(rng, 8),
-        "and on strings and text": lambda rng: both_rows(rng, text),
-    }
-    train(model, lambda rng: text_rows(rng, text, 8), steps, rate=1e-2, seed=seed)
-    model.save_pretrained(out / "base")
-    report["trained on text"] = measure(model, held_out, strings)
-    whole = deepcopy(model)
-    for batch in stages.values():
-        train(whole, batch, steps, rate=1e-2, seed=seed)
-    report["all of it trained on, without a branch"] = measure(whole, held_out, strings)
+    report = {}
 
-    tokens = torch.as_tensor(text_rows(np.random.default_rng(2), held_out, 8)[0])
+    # 1. the model
+    model = MambaForCausalLM(CONFIG)
+    train(model, "text", lambda rng: text_rows(rng, text), steps, seed)
+    model.save_pretrained(folder / "base")
+    report["trained on text"] = score(model, held_out)
+
+    # for comparison: all of it trained as the branch will be
+    whole = deepcopy(model)
+    train(whole, "whole, strings", copy_rows, steps, seed)
+    train(whole, "whole, both", lambda rng: both_rows(rng, text), steps, seed)
+    report["all of it trained on strings and text, without a branch"] = score(whole, held_out)
+
+    # 2. a closed branch
+    tokens = torch.as_tensor(text_rows(np.random.default_rng(2), held_out)[0])
     with torch.no_grad():
         before = model(tokens).logits
-        add_branch(model)
-        after = model(tokens).logits
-    closed = measure(model, held_out, strings)
-    closed["change of logits"] = (after - before).abs().max().item()
+        after = add_branch(model)(tokens).logits
+    closed = score(model, held_out)
     report["with a closed branch"] = closed
-    for name, batch in stages.items():
-        train(model, batch, steps, rate=1e-2, seed=seed)
-        report[name] = measure(model, held_out, strings)
-    torch.save(trained_weights(model), out / "branch.pt")
-    report["saved and loaded"] = measure(load(out / "base", out / "branch.pt"), held_out, strings)
+    closed["change of logits"] = (after - before).abs().max().item()
+
+    # 3. the branch alone
+    train(model, "strings", copy_rows, steps, seed)
+    report["the branch alone trained on strings"] = score(model, held_out)
+    train(model, "both", lambda rng: both_rows(rng, text), steps, seed)
+    report["and then on strings and text"] = score(model, held_out)
+
+    # 4. saved and loaded
+    torch.save(trained_weights(model), folder / "branch.pt")
+    loaded = load(folder / "base", folder / "branch.pt")
+    report["saved and loaded"] = score(loaded, held_out)
     return report
 
 
 def main(argv: list[str]) -> int:
     """Run with these flags -> exit status."""
-    parser = argparse.ArgumentParser("evidence.pretrained", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each training (default: 400)")
-    parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="so many (default: 1)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/pretrained"), help="default: out/pretrained"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in evidence/results"
-    )
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser("evidence.pretrained", description=description)
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--steps", type=int, default=STEPS, help=f"of each training (default: {STEPS})")
+    add("--out", type=Path, default=Path("out/pretrained"), help="default: out/pretrained")
     args = parser.parse_args(argv)
-    if args.seed < 0 or args.seeds < 1:
-        parser.error(
-            f"--seed must be at least 0 and --seeds at least 1, got {args.seed} and {args.seeds}"
-        )
-    logging.set_verbosity_error()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    config = MambaConfig(
-        vocab_size=256, hidden_size=64, state_size=8, num_hidden_layers=2, use_mambapy=True
-    )
-    runs = [
-        demonstrate(config, args.steps, args.out, seed=seed)
-        for seed in range(args.seed, args.seed + args.seeds)
-    ]
-    args.results.write_text(
-        json.dumps({"torch": torch.__version__, "steps": args.steps, "results": runs}, indent=1)
-    )
-    print(f"{'':<40}{'held-out bits':>14}{'copied by generate: 32 letters':>32}{'128 letters':>14}")
-    for name in runs[0]:
-        bits, short, long = (
-            spread(run[name][key] for run in runs) for key in ("bits", "copied 32", "copied 128")
-        )
-        print(f"{name:<40}{bits:>14}{short:>32}{long:>14}")
-    change = max(run["with a closed branch"]["change of logits"] for run in runs)
+    report = measure(args.seed, args.out, args.steps)
+    print(f"{'':<55}{'held-out bits':>14}{'generate: 32 letters':>22}{'128 letters':>13}")
+    for stage, one in report.items():
+        bits, short, long = (one[key] for key in ("bits", "copied 32", "copied 128"))
+        print(f"{stage:<55}{bits:>14.3f}{short:>22.3f}{long:>13.3f}")
+    change = report["with a closed branch"]["change of logits"]
     print(f"the closed branch changed logits by at most {change:.1e}")
     return 0
 

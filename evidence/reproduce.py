@@ -41,6 +41,7 @@ import train_toy
 from evidence.ablations import ABLATIONS
 from evidence.backbones import FOREIGN
 from evidence.models import MODELS, STATES
+from evidence.notebook import LIMIT_STEPS, OTHERS, PARTS, PARTS_STEPS, WIDTHS
 from evidence.run import COMPARED, DEFAULT_RATE, PERFECT, RATES, RESULTS
 from evidence.tasks import TASKS
 from resona import BACKBONES
@@ -111,6 +112,7 @@ def all_jobs() -> Iterator[Job]:
     yield from half_the_steps()
     yield from small_states()
     yield from others()
+    yield from of_the_notebook()
 
 
 def jobs_of(comparison: Comparison) -> Iterator[Job]:
@@ -244,6 +246,17 @@ def others() -> Iterator[Job]:
             arguments = {"chunks": chunks, "seed": 0}
             yield Job(name, "evidence.search:against_exact", arguments, 120, alone=True)
         yield Job("choice/times", "evidence.cost:choice_times", {}, 120, alone=True)
+
+
+def of_the_notebook() -> Iterator[Job]:
+    """Models that tutorial.ipynb loads, and what they can do after how many steps."""
+    for name, steps in itertools.product((*PARTS, *OTHERS), PARTS_STEPS):
+        arguments: dict[str, Any] = {"name": name, "steps": steps}
+        yield Job(f"notebook/parts-{name}-{steps}", "evidence.notebook:part", arguments, 30)
+    for width, steps in itertools.product(WIDTHS, LIMIT_STEPS):
+        arguments = {"width": width, "steps": steps}
+        name = f"notebook/limit-{width}-{steps}"
+        yield Job(name, "evidence.notebook:limit", arguments, steps / 40)
 
 
 # --------------------------------------------------------------------------------------------------

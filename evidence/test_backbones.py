@@ -1,55 +1,26 @@
-"""The branch under any recurrence, and in a model that is trained already.
+"""The branch under any recurrence, and in a model that is trained already; the notebook's models.
 
-    python -m pytest evidence/test_backbones.py -s
+    python -m pytest evidence/test_backbones.py
 
-Under any recurrence it copies, check_backbone names what is wrong with one, and its states can be
-handled. Recurrences of packages that are not installed (evidence/requirements.txt) are skipped.
+Recurrences of packages that are not installed (evidence/requirements.txt) are skipped.
 """
 
+import json
 import math
-from copy import deepcopy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-import train_toy
-from evidence import backbones
+from evidence import backbones, notebook
 from evidence.check_backbone import check_backbone
 from evidence.testing import DeltaRule, gru, one_line, random_tokens, small_model
-from resona import BACKBONES, GatedRecurrence, Resona, ResonaConfig, Retrieval, SelectiveSSM
-from train_toy import Copying, copy_string, packed
+from resona import GatedRecurrence, Resona, Retrieval, SelectiveSSM
+from train_toy import train_step
 
-
-def test_any_recurrence_copies_with_the_branch_and_not_without():
-    """Plug and play: nn.GRU. The fifth exercise of the notebook does the same with a delta rule."""
-    accuracy = {}
-    for retrieval in (False, True):
-        torch.manual_seed(0)
-        rng = np.random.default_rng(0)
-        fields = {"n_layer": 1, "chunk_size": 2, "backbone": gru, "retrieval": retrieval}
-        width = 64 if retrieval else 96  # about as many parameters
-        model = Resona(ResonaConfig(30, d_model=width, **fields))
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-        for step in range(60):
-            inputs, targets = packed(rng, copy_string, 4, 16, row=70)
-            lr = 1e-2 * min((step + 1) / 10, 1 - step / 60)
-            train_toy.train_step(
-                model, optimizer, lr, torch.as_tensor(inputs), torch.as_tensor(targets)
-            )
-        for length in (16, 64):
-            rows = Copying().test(rng, length)[str(length)]
-            accuracy[retrieval, length] = train_toy.evaluate(model, rows, "cpu")["token_accuracy"]
-        print(
-            f"\nnn.GRU, {retrieval=}, {train_toy.count(model):,} parameters: of 16 letters "
-            f"{accuracy[retrieval, 16]:.3f} right, of 64 {accuracy[retrieval, 64]:.3f}",
-            end="",
-        )
-    assert accuracy[True, 16] > 0.9 and accuracy[True, 64] > 0.75
-    assert accuracy[True, 16] > accuracy[False, 16] + 0.3
-    assert accuracy[True, 64] > accuracy[False, 64] + 0.5
+# --------------------------------------------------------------------------------------------------
+# check_backbone names what is wrong with a recurrence
 
 
 class Bad(nn.Module):
@@ -120,109 +91,22 @@ def test_check_backbone_accepts_what_works():
         check_backbone(make(8), 8)
 
 
-@pytest.mark.parametrize("backbone", ["gated", "ssm", "gru", "lstm"])
-def test_rows_of_a_state_can_be_chosen_and_a_state_saved(backbone, monkeypatch, tmp_path):
-    monkeypatch.setitem(BACKBONES, "gru", gru)
-    monkeypatch.setitem(BACKBONES, "lstm", lambda d: nn.LSTM(d, d, batch_first=True))
-    model = small_model(backbone, n_layer=1, search="ivf", nlist=1, nprobe=1)
-    for B, rows in ((3, torch.tensor([2, 0, 2, 1])), (1, torch.tensor([0, 0]))):
-        tokens = random_tokens(B, 90)
-        whole, _ = model(tokens)
-        _, state = model(tokens[:, :71])
-        assert state.layers[0].memory.lists is not None
-        torch.save(state, tmp_path / "state.pt")
-        loaded = torch.load(tmp_path / "state.pt", weights_only=True)
-        chosen, _ = model(tokens[rows, 71:], loaded.to("cpu").select(rows))
-        assert_close(chosen, whole[rows, 71:], rtol=0, atol=1e-9)
-        rest, _ = model(tokens[:, 71:], deepcopy(state.detach()))
-        assert_close(rest, whole[:, 71:], rtol=0, atol=1e-9)
-
-
-def test_a_graph_survives_what_is_written_behind_its_memory():
-    """From one state: a call with a graph, one that fills the room, then the graph's gradient."""
-    model = small_model()
-    tokens = random_tokens(1, 30)
-    gradients = []
-    with torch.no_grad():
-        _, state = model(tokens[:, :20])
-        _, state = model(tokens[:, 20:24], state)
-    for written in (0, 5):
-        logits, _ = model(tokens[:, 24:25], state)
-        if written:
-            with torch.no_grad():
-                model(tokens[:, 25 : 25 + written], state)
-        weights = tuple(model.parameters())
-        gradients.append(torch.autograd.grad(logits.sum(), weights, allow_unused=True))
-    for before, after in zip(*gradients, strict=True):
-        assert before is after is None or torch.equal(before, after)
-
-
-def test_memory_has_room_in_inference_mode_too_and_modes_may_change():
-    model = small_model()
-    tokens = random_tokens(2, 60)
-    parts = []
-    state = None
-    for i, piece in enumerate(tokens.split(4, dim=1)):
-        with torch.inference_mode() if i % 6 < 4 else torch.no_grad():
-            logits, state = model(piece, state)
-        assert i == 0 or state.layers[0].memory.k.room
-        parts.append(logits)
-    assert_close(torch.cat(parts, dim=1).clone(), model(tokens)[0].detach(), rtol=0, atol=1e-9)
-
-
-def test_scores_stay_in_float32_under_autocast():
-    """In 16 bits others would win, with a graph or without one."""
-    model = small_model().float()
-    tokens = random_tokens(2, 50)
-    with torch.autocast("cpu", torch.bfloat16):
-        trained = []
-        model(tokens, trace=trained)
-        for one, other in zip(trained, model.inspect(tokens), strict=True):
-            assert one["score"].dtype == other["score"].dtype == torch.float32
-            assert_close(one["score"], other["score"])
-
-
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda: Retrieval(10, 4), ["d_model", "10", "4"]),
-        (lambda: Retrieval(16)(*torch.zeros(3, 1, 9, 16), top_k=0), ["top_k", "0"]),
-    ],
-)
-def test_the_branch_alone_names_a_mistake(make, words):
-    one_line(ValueError, make, *words)
-
-
-def test_a_closed_branch_changes_nothing_until_it_is_trained():
-    z, u, y = torch.randn(3, 2, 21, 16)
-    branch = Retrieval(16, zero_init=True)
-    out, _ = branch(z, u, y)
-    assert torch.equal(out, y)
-    out.square().sum().backward()
-    assert branch.gate.grad != 0 and branch.o_proj.weight.grad.abs().max() == 0
-    branch.gate.data.fill_(1.0)
-    open_ = Retrieval(16)
-    open_.load_state_dict(branch.state_dict(), strict=False)  # it has no gate
-    assert torch.equal(branch(z, u, y)[0], open_(z, u, y)[0])
-
-
 # --------------------------------------------------------------------------------------------------
 # Recurrences of other packages
 
 
-def foreign(name, d_model=16):
-    make, _ = backbones.FOREIGN[name]
+def skip_unless_installed(name):
     try:
-        make(d_model)(torch.randn(1, 2, d_model))
+        backbones.FOREIGN[name].make(16)(torch.randn(1, 2, 16))
     except ImportError as error:
         pytest.skip(f"{error.name} is not installed")
-    return make
 
 
 @pytest.mark.parametrize("name", backbones.FOREIGN)
 def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
     """Alone, and in a model that trains, with a state whose rows can be chosen. Some in float32."""
-    make = foreign(name)
+    skip_unless_installed(name)
+    make = backbones.FOREIGN[name].make
     check_backbone(make(16), 16)
     assert backbones.law_error(make(16), 16) < 1e-5
     model = small_model(make, n_layer=1)
@@ -243,13 +127,97 @@ def test_a_foreign_recurrence_keeps_the_laws_under_the_branch(name):
         assert_close(rest, whole[rows, 18:], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["minGRU-pytorch minGRU", "transformers Mamba-2"])
-def test_a_foreign_recurrence_copies_with_the_branch(name, monkeypatch):
-    monkeypatch.setattr(backbones, "ROW", 70)
-    monkeypatch.setattr(Copying, "config", {"chunk_size": 2, "n_layer": 1})
-    score = backbones.copying(foreign(name), "resona", steps=120)
-    print(f"\n{name}: of 32 letters {score['32']:.3f} right, of 128 {score['128']:.3f}", end="")
-    assert score["32"] > 0.9
+@pytest.fixture
+def short(monkeypatch):
+    """Trainings of a few seconds: one layer, strings of 16 letters at most."""
+    monkeypatch.setattr(backbones, "COPY_LETTERS", (4, 16))
+    changes = {
+        "config": {"chunk_size": 2, "n_layer": 1},
+        "lr": {"recurrence": 1e-2, "resona": 1e-2},
+        "row": 70,
+        "steps": 100,
+        "lengths": [16, 64],
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(backbones.ShortCopying, name, value)
+
+
+@pytest.mark.parametrize("name", ["torch.nn.GRU", "transformers Mamba-2"])
+def test_a_foreign_recurrence_copies_with_the_branch_and_not_without(name, short, tmp_path):
+    skip_unless_installed(name)
+    report = backbones.measure(name, 0, tmp_path)
+    alone, branch = report["recurrence"], report["resona"]
+    assert branch["16"] > max(0.9, alone["16"] + 0.3)
+    assert branch["64"] > max(0.75, alone["64"] + 0.5)
+    assert report["parameters"]["recurrence"] == pytest.approx(report["parameters"]["resona"], 0.01)
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_backbones_prints_a_line_for_each(short, tmp_path, monkeypatch, capsys):
+    def missing(d_model):
+        raise ImportError(name="minGRU_pytorch")
+
+    monkeypatch.setattr(backbones.ShortCopying, "steps", 1)
+    missing_one = backbones.Foreign(missing, ("minGRU-pytorch",))
+    monkeypatch.setitem(backbones.FOREIGN, "minGRU-pytorch minGRU", missing_one)
+    monkeypatch.setattr(backbones.ShortCopying, "lengths", [32, 128])
+    assert backbones.main(["nn.RNN", "minGRU", "--out", str(tmp_path)]) == 0
+    _, rnn, min_gru = capsys.readouterr().out.splitlines()
+    assert rnn.startswith("torch.nn.RNN") and len(rnn.split()) == 7
+    assert min_gru.split(maxsplit=2)[2] == "not installed: minGRU_pytorch"
+
+
+# --------------------------------------------------------------------------------------------------
+# The branch and the memory
+
+
+@torch.inference_mode()
+def test_memory_has_room_to_grow_in_inference_mode():
+    model = small_model()
+    tokens = random_tokens(2, 24)
+    _, state = model(tokens[:, :20])
+    _, state = model(tokens[:, 20:], state)
+    assert state.layers[0].memory.k.room
+
+
+def test_scores_stay_in_float32_under_autocast():
+    """In 16 bits others would win, with a graph or without one."""
+    model = small_model().float()
+    tokens = random_tokens(2, 50)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = []
+        model(tokens, trace=trained)
+        for one, other in zip(trained, model.inspect(tokens), strict=True):
+            assert one["score"].dtype == other["score"].dtype == torch.float32
+            assert_close(one["score"], other["score"])
+
+
+def test_an_open_gate_is_no_gate():
+    z, u, y = torch.randn(3, 2, 21, 16)
+    gated = Retrieval(16, zero_init=True)
+    plain = Retrieval(16)
+    plain.load_state_dict(gated.state_dict(), strict=False)  # it has no gate
+    assert torch.equal(gated(z, u, y)[0], y)
+    nn.init.ones_(gated.gate)
+    assert torch.equal(gated(z, u, y)[0], plain(z, u, y)[0])
+
+
+def test_training_compiles_without_a_graph_break():
+    """With the SSM; test_resona.py compiles the gated recurrence."""
+    model = small_model("ssm", n_layer=1)
+    tokens = random_tokens(2, 20)
+    targets = random_tokens(2, 20)
+
+    def loss_of(tokens, targets):
+        return nn.functional.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
+
+    gradients = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        function(tokens, targets).backward()
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    torch.compiler.reset()
+    assert_close(*gradients, rtol=0, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,20 +225,22 @@ def test_a_foreign_recurrence_copies_with_the_branch(name, monkeypatch):
 
 
 @pytest.fixture
-def tiny():
-    """A Mamba of Hugging Face's, evidence.pretrained, and three rows of bytes."""
+def tiny(monkeypatch):
+    """evidence.pretrained at small sizes, a Mamba of Hugging Face's, and three rows of bytes."""
     pytest.importorskip("transformers")
     from evidence import pretrained
 
     config = pretrained.MambaConfig(
         vocab_size=256, hidden_size=16, state_size=4, num_hidden_layers=2
     )
+    for name, value in {"CONFIG": config, "ROW": 64, "LENGTHS": (8,), "STRINGS": 2}.items():
+        monkeypatch.setattr(pretrained, name, value)
     return pretrained, pretrained.MambaForCausalLM(config).eval(), random_tokens(3, 40, 256)
 
 
 def open_gates(model):
     for block in model.backbone.layers:
-        torch.nn.init.ones_(block.mixer.branch.gate)
+        nn.init.ones_(block.mixer.branch.gate)
     return model
 
 
@@ -302,12 +272,8 @@ def test_a_branch_in_a_pretrained_model_refuses_padding(tiny):
     pretrained, model, tokens = tiny
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    one_line(
-        ValueError,
-        lambda: pretrained.add_branch(model)(tokens, attention_mask=mask),
-        "padding",
-        "equal length",
-    )
+    pretrained.add_branch(model)
+    one_line(ValueError, lambda: model(tokens, attention_mask=mask), "padding", "equal length")
 
 
 @torch.no_grad()
@@ -316,18 +282,39 @@ def test_a_cache_that_was_filled_without_the_branch_is_refused(tiny):
     pretrained, model, tokens = tiny
     cache = model(tokens, use_cache=True).cache_params
     pretrained.add_branch(model)
-    one_line(ValueError, lambda: model(tokens[:, :1], cache_params=cache), "without the branch")
+    one_line(ValueError, lambda: model(tokens[:, :1], cache=cache), "without the branch")
 
 
-def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path, monkeypatch):
+def test_the_branches_get_top_k_and_trace_in_training_alone(tiny):
     pretrained, model, tokens = tiny
-    monkeypatch.setattr(pretrained, "ROW", 64)
-    monkeypatch.setattr(pretrained, "LENGTHS", (8,))
-    report = pretrained.demonstrate(model.config, 2, tmp_path, strings=2)
-    bits = {kind: scores["bits"] for kind, scores in report.items()}
+    open_gates(pretrained.add_branch(model))
+    trace = []
+    logits, _ = pretrained.LikeResona(model)(tokens, top_k=3, trace=trace)
+    assert [one["index"].shape for one in trace] == [(3, 40, 3)] * 2
+    assert (model(tokens).logits - logits).abs().max() > 1e-4  # it retrieves 4
+    assert len(trace) == 2
+
+
+def test_gates_learn_ten_times_as_fast(tiny):
+    """The first step of AdamW moves every weight by its rate."""
+    pretrained, model, tokens = tiny
+    weights = pretrained.trained_weights(open_gates(pretrained.add_branch(model)))
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer = pretrained.make_optimizer(model)
+    train_step(pretrained.LikeResona(model), optimizer, 1e-3, tokens, tokens)
+    for name, weight in weights.items():
+        rate = 1e-2 if name.endswith("gate") else 1e-3
+        moved = (weight - before[name]).abs().max().item()
+        assert moved == pytest.approx(rate, rel=0.05), name
+
+
+def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path):
+    pretrained, _, _ = tiny
+    report = pretrained.measure(0, tmp_path, steps=2)
+    bits = {stage: scores["bits"] for stage, scores in report.items()}
     assert bits["with a closed branch"] == pytest.approx(bits["trained on text"], abs=1e-6)
-    assert bits["and on strings and text"] != bits["with a closed branch"]
-    assert bits["and on strings and text"] == bits["saved and loaded"]
+    assert bits["and then on strings and text"] != bits["with a closed branch"]
+    assert bits["and then on strings and text"] == bits["saved and loaded"]
     after = pretrained.load(tmp_path / "base", tmp_path / "branch.pt")
     frozen = pretrained.MambaForCausalLM.from_pretrained(tmp_path / "base").state_dict()
     weights = after.state_dict()
@@ -335,19 +322,26 @@ def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path, monkeypatc
         assert torch.equal(weight, weights[name.replace(".mixer.", ".mixer.mixer.")])
 
 
-@pytest.mark.parametrize("backbone", ["gated", "ssm"])
-def test_training_compiles_without_a_graph_break(backbone):
-    model = small_model(backbone, n_layer=1)
-    tokens = random_tokens(2, 20)
-    targets = random_tokens(2, 20)
+# --------------------------------------------------------------------------------------------------
+# The models that the notebook loads
 
-    def loss_of(tokens, targets):
-        return nn.functional.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
 
-    gradients = []
-    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        function(tokens, targets).backward()
-        gradients.append([weight.grad.clone() for weight in model.parameters()])
-    torch._dynamo.reset()
-    assert_close(*gradients, rtol=0, atol=1e-12)
+def test_limit_is_trained_once_and_stored_in_half_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebook, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(notebook, "LIMIT_STEPS", (1, 2))
+    report = notebook.limit(8, 2, tmp_path)
+    assert list(report) == [str(n) for n in notebook.LENGTHS]
+    assert all(0 < letters < 6 for letters in report.values())  # that is guessing
+    assert notebook.limit(8, 2, tmp_path) == report
+    stored = Resona.load(tmp_path / "results" / "limit-8.pt").state_dict()
+    for name, weight in Resona.load(tmp_path / "limit-8-2.pt").state_dict().items():
+        assert torch.equal(stored[name], weight.half())
+
+
+@pytest.mark.parametrize("name", [*notebook.PARTS, *notebook.OTHERS])
+def test_the_notebook_prints_what_a_model_without_a_part_can_do(name, tmp_path, capsys):
+    assert notebook.main(["parts", name, "1", "--out", str(tmp_path)]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["16"] < 0.2
+    layers = Resona.load(tmp_path / f"parts-{name}-1.pt").layers
+    assert len(layers) == 1
+    assert (layers[0].retrieval is None) == (name in notebook.OTHERS)

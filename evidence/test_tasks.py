@@ -265,7 +265,8 @@ def test_every_symbol_is_a_target_and_distributions_have_the_rows_of_the_test():
     assert np.array_equal(targets[:, :-1], np.where(following == STRING_END, IGNORE, following))
     row, place = np.nonzero(targets != IGNORE)
     assert (truth[row, place, targets[row, place]] > 0).all()  # only legal symbols are targets
-    assert len({tuple(row[:, 0]) for row in truth}) > 30  # an automaton for each row
+    first = {tuple(row[0]) for row in truth}  # in the first state
+    assert len(first) > 30  # an automaton for each row
 
 
 def test_ngram_baselines_are_the_shares_of_what_followed():
