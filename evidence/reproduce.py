@@ -311,8 +311,20 @@ def fingerprint(modules: tuple[str, ...], starts: tuple[str, ...], more: str = "
         reached.add(name)
         for statement in found[name]:
             ahead += names_used(statement)
-    text = "\n".join(ast.dump(node) for name in sorted(reached) for node in found[name])
+    text = "\n".join(canonical(node) for name in sorted(reached) for node in found[name])
     return hashlib.sha256((text + more).encode()).hexdigest()[:12]
+
+
+def canonical(node: Any) -> str:
+    """As ast.dump, but the same for every version of Python: without what is empty."""
+    if isinstance(node, list):
+        return "[" + ", ".join(map(canonical, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, getattr(node, name, None)) for name in node._fields]
+    present = [(name, value) for name, value in fields if value is not None and value != []]
+    inside = ", ".join(f"{name}={canonical(value)}" for name, value in present)
+    return f"{type(node).__name__}({inside})"
 
 
 def names_used(node: ast.AST) -> set[str]:
