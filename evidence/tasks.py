@@ -902,7 +902,7 @@ class StateRecall(Defaults):
     cannot do that at any length; nn.GRU can, or a delta rule with negative eigenvalues. And the
     value is not in the walk: it has to be retrieved by the address.
 
-    Trained on 1 to 8 swaps. There every pointer after SWAPS is a question, those of the swaps as
+    Trained on 1 to 16 swaps. There every pointer after SWAPS is a question, those of the swaps as
     well: what few swaps do is learned first. In tests only the questions after QUERY are scored;
     also apart, those whose pointer is not at its first address ("moved") and the others ("kept").
 
@@ -918,7 +918,7 @@ class StateRecall(Defaults):
     config = {"chunk_size": 2}
 
     def batch(self, rng: Rng) -> Rows:
-        n_swaps = int(rng.integers(1, 9))
+        n_swaps = int(rng.integers(1, 17))
         inputs, targets, _ = self.rows(rng, 2 * BATCH, n_swaps)
         return inputs, targets
 
