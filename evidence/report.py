@@ -34,7 +34,7 @@ from evidence.reproduce import COMPARISONS, LONG_COPIES, SEEDS, file_name
 from evidence.run import COMPARED, IN_BITS, RATES
 from evidence.tasks import TASKS
 
-PAGES = (reproduce.ROOT / "README.md", reproduce.ROOT / "evidence" / "README.md")
+PAGES = [reproduce.ROOT / name for name in ("README.md", "evidence/README.md", "tutorial.ipynb")]
 MARK = re.compile(r"(<!-- (table|number) ([^>]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 MISSING = "-"
 ACCURACY = "token_accuracy"
@@ -340,6 +340,20 @@ def has_ablation(task: str, label: str) -> bool:
     return f"ablations/{task}/{file_name(label)}/seed-0" in stored()
 
 
+def other_steps() -> Lines:
+    """Bilingual with four times the steps, n-grams with half of them."""
+    rows = []
+    for model in ("transformer", "nope"):
+        names = [f"bilingual/four-times-the-steps/{model}-seed-{seed}" for seed in SEEDS]
+        cells = [spread(scores(results(names), test)) for test in BILINGUAL]
+        rows.append([MODELS[model].label, *cells])
+    lines = markdown(["`bilingual`, 3,200 steps", *BILINGUAL], rows)
+    found = results(f"ngram/half-the-steps/seed-{seed}" for seed in range(8))
+    cells = [spread(scores(found, test)) for test in NGRAM]
+    rows = [[MODELS["resona"].label, *cells]]
+    return [*lines, "", *markdown(["`ngram`, 500 steps", *NGRAM], rows)]
+
+
 def long_copies() -> Lines:
     lengths = ["32", "512", "2048", "4096"]
     found = results(f"ablations/copy/{file_name(LONG_COPIES)}/seed-{seed}" for seed in SEEDS)
@@ -508,6 +522,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "pretrained": pretrained,
     "ablations": ablations_copy,
     "ablations other": ablations_other,
+    "other steps": other_steps,
     "long copies": long_copies,
     "rates": rates,
     "cost": cost_by_length,

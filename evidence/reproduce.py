@@ -109,7 +109,7 @@ def all_jobs() -> Iterator[Job]:
     yield from costs()
     for comparison in COMPARISONS[3:]:
         yield from jobs_of(comparison)
-    yield from half_the_steps()
+    yield from other_steps()
     yield from small_states()
     yield from others()
     yield from of_the_notebook()
@@ -187,13 +187,19 @@ def ablation(task: str, label: str, seconds: float, **fields: Any) -> Iterator[J
             yield run_job(task, "resona", seed, rate, seconds, name, change=label, **fields)
 
 
-def half_the_steps() -> Iterator[Job]:
-    """How reliably the search is learned in 500 steps of n-grams."""
+def other_steps() -> Iterator[Job]:
+    """Is the search learned in half the steps, and do Transformers learn with four times as many?"""
     rate = chosen_rate("ngram", "resona")
     if rate is not None:
         for seed in range(8):
             name = f"ngram/half-the-steps/seed-{seed}"
             yield run_job("ngram", "resona", seed, rate, 80, name, steps=500)
+    for model in ("transformer", "nope"):
+        rate = chosen_rate("bilingual", model)
+        if rate is not None:
+            for seed in SEEDS:
+                name = f"bilingual/four-times-the-steps/{model}-seed-{seed}"
+                yield run_job("bilingual", model, seed, rate, 350, name, steps=3200)
 
 
 def file_name(label: str) -> str:
