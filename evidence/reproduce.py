@@ -188,7 +188,7 @@ def ablation(task: str, label: str, seconds: float, **fields: Any) -> Iterator[J
 
 
 def other_steps() -> Iterator[Job]:
-    """Is the search learned in half the steps, and do Transformers learn with four times as many?"""
+    """Is the search learned in half the steps? Do Transformers learn in four times as many?"""
     rate = chosen_rate("ngram", "resona")
     if rate is not None:
         for seed in range(8):
