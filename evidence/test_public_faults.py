@@ -1,6 +1,6 @@
 """Inputs that failed elsewhere, each after a public report on another project, tried on this code.
 
-    python -m pytest evidence/test_reports.py    # five seconds
+    python -m pytest evidence/test_public_faults.py    # five seconds
 
 A docstring names the report: owner/repository#number on GitHub.
 """
