@@ -31,7 +31,7 @@ from evidence.ablations import ABLATIONS
 from evidence.backbones import FOREIGN
 from evidence.models import MODELS, STATES
 from evidence.reproduce import COMPARISONS, LONG_COPIES, SEEDS, file_name
-from evidence.run import COMPARED, IN_BITS, RATES
+from evidence.run import COMPARED, HIGHER, IN_BITS, LOWER, RATES
 from evidence.tasks import TASKS
 
 PAGES = [reproduce.ROOT / name for name in ("README.md", "evidence/README.md", "tutorial.ipynb")]
@@ -373,9 +373,10 @@ def rates() -> Lines:
             jobs = reproduce.sweep(one.task, model)
             tried = [job for job in jobs if job.name in stored()]
             swept = {job.arguments["lr"]: reproduce.validation(job) for job in tried}
-            cells = [rate_cell(swept, rate) for rate in RATES]
+            cells = [rate_cell(swept, rate) for rate in (LOWER, *RATES, HIGHER)]
             rows.append([f"{one.task}{unit}", MODELS[model].label.replace("**", ""), *cells])
-    return markdown(["task", "model", *(f"{rate:g}" for rate in RATES)], rows)
+    headings = [f"{rate:g}" for rate in (LOWER, *RATES, HIGHER)]
+    return markdown(["task", "model", *headings], rows)
 
 
 def rate_cell(swept: dict[float, float], rate: float) -> str:

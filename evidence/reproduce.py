@@ -42,7 +42,7 @@ from evidence.ablations import ABLATIONS
 from evidence.backbones import FOREIGN
 from evidence.models import MODELS, STATES
 from evidence.notebook import LIMIT_STEPS, OTHERS, PARTS, PARTS_STEPS, WIDTHS
-from evidence.run import COMPARED, DEFAULT_RATE, PERFECT, RATES, RESULTS
+from evidence.run import COMPARED, DEFAULT_RATE, HIGHER, LOWER, PERFECT, RATES, RESULTS
 from evidence.tasks import TASKS
 from resona import BACKBONES
 from train_toy import Parser, UserError, write
@@ -131,12 +131,20 @@ def compared_job(task: str, model: str, seed: int, rate: float, seconds: float =
 
 
 def sweep(task: str, model: str, seconds: float = 0.0) -> list[Job]:
-    """Seed 0 with each rate, the likeliest first, up to a rate that leaves nothing better."""
+    """Seed 0 with each rate, the likeliest first, up to a rate that leaves nothing better.
+
+    If the best rate is the lowest or the highest, the next one beyond is tried, too.
+    """
     jobs = []
     for rate in sorted(RATES, key=lambda rate: abs(rate - DEFAULT_RATE)):
         jobs.append(compared_job(task, model, 0, rate, seconds))
         if validation(jobs[-1]) >= PERFECT:
-            break
+            return jobs
+    if all(done(job) for job in jobs):
+        best = max(jobs, key=validation).arguments["lr"]
+        for edge, beyond in ((RATES[0], LOWER), (RATES[-1], HIGHER)):
+            if best == edge:
+                jobs.append(compared_job(task, model, 0, beyond, seconds))
     return jobs
 
 

@@ -44,6 +44,7 @@ from train_toy import IGNORE, WORLD, Rows, UserError
 
 RESULTS = Path(__file__).with_name("results")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of every sweep
+LOWER, HIGHER = 3e-4, 1e-1  # tried where the best of these is the first or the last
 DEFAULT_RATE = 3e-3  # of a model without a sweep
 PERFECT = 0.999  # a sweep stops at a rate with this accuracy on the validation rows
 COMPARED = ("recurrence", "retrieval", "transformer", "nope", "resona")
@@ -268,7 +269,7 @@ def sweep_path(task: str, model: str, rate: float) -> Path:
 def sweep_of(task: str, model: str) -> dict[float, float]:
     """What is stored of a sweep: rate -> score on the validation rows, -inf where it diverged."""
     scores = {}
-    for rate in RATES:
+    for rate in (LOWER, *RATES, HIGHER):
         path = sweep_path(task, model, rate)
         if path.exists():
             score = json.loads(path.read_text())["result"]["validation"]
