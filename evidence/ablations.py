@@ -1,7 +1,7 @@
 """Resona with one thing changed: what does each part of it do?
 
-    python -m evidence.run --change "no recurrence" --seeds 3
-    python -m evidence.run --task overwritten --change "no search loss"
+    python -m evidence.run --ablate "no recurrence" --seeds 3
+    python -m evidence.run --task overwritten --ablate "no search loss"
 
 ABLATIONS lists the changes by name.
 """

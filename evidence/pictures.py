@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from evidence import report
-from evidence.reproduce import SEEDS
+from evidence.reproduce import CHOICE_TASKS, HEADLINE, SEEDS
 
 PICTURES = Path(__file__).with_name("pictures")
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
@@ -163,7 +163,7 @@ def accuracy() -> None:
     """Copying: token accuracy by length of the string, mean over the seeds."""
     figure, ax = plt.subplots(figsize=(9, 3.6))
     lengths = [int(test) for test in report.COPY]
-    for model in report.HEADLINE:
+    for model in HEADLINE:
         label, colour, line = STYLES[model]
         means = [mean(report.scores(report.runs("copy", model), str(n))) for n in lengths]
         hollow: dict[str, Any] = {"mfc": "none", "ms": 11} if model == "nope" else {}
@@ -263,7 +263,7 @@ def choice() -> None:
     }
     figure, axes = plt.subplots(3, 3, figsize=(9, 7.2), sharex=True, sharey=True)
     for row, (length, labels) in enumerate(times.items()):
-        for column, task in enumerate(report.CHOICE_TASKS):
+        for column, task in enumerate(CHOICE_TASKS):
             ax = axes[row, column]
             for start, (label, colour, line) in style.items():
                 shown = [name for name in labels if name.startswith(start)]

@@ -30,7 +30,15 @@ from evidence import reproduce
 from evidence.ablations import ABLATIONS
 from evidence.backbones import FOREIGN
 from evidence.models import MODELS, STATES
-from evidence.reproduce import COMPARISONS, LONG_COPIES, SEEDS, file_name
+from evidence.reproduce import (
+    CHOICE_TASKS,
+    COMPARISONS,
+    HEADLINE,
+    LONG_COPIES,
+    SEEDS,
+    WITH_SSM,
+    file_name,
+)
 from evidence.run import COMPARED, HIGHER, IN_BITS, LOWER, RATES
 from evidence.tasks import TASKS
 
@@ -69,10 +77,15 @@ def results(names: Iterable[str]) -> list[Result]:
 
 def runs(task: str, model: str) -> list[Result]:
     """Of all seeds, at the model's best rate."""
+    return list(runs_by_seed(task, model).values())
+
+
+def runs_by_seed(task: str, model: str) -> dict[int, Result]:
     rate = reproduce.chosen_rate(task, model)
     if rate is None:
-        return []
-    return results(f"{task}/{model}/seed-{seed}-lr-{rate:g}" for seed in range(10))
+        return {}
+    found = {seed: result(f"{task}/{model}/seed-{seed}-lr-{rate:g}") for seed in range(10)}
+    return {seed: run for seed, run in found.items() if run is not None}
 
 
 def rate_of(task: str, model: str) -> str:
@@ -98,13 +111,14 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean} ({statistics.stdev(values):.{digits}f})"
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Mean and standard error of differences of pairs: the same seed, and so the same rows."""
-    pairs = [a - b for a, b in zip(ours, theirs, strict=False)]
-    if len(pairs) < 2:
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """Mean and standard error of the differences of pairs: the same seed, and so the same rows."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
         return MISSING
+    pairs = [ours[seed] - theirs[seed] for seed in seeds]
     error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    share = statistics.mean(pairs) / statistics.mean(theirs[: len(pairs)])
+    share = statistics.mean(pairs) / statistics.mean(theirs[seed] for seed in seeds)
     return f"{statistics.mean(pairs):+.3f} ± {error:.3f} ({share:+.0%})"
 
 
@@ -151,7 +165,7 @@ def learned(task: str, model: str, tests: Sequence[str], bar: float = 0.95) -> L
     for test in tests:
         values = scores(runs(task, model), test)
         reached = sum(value >= bar for value in values)
-        rows.append([test, spread(values), f"{reached} of {len(values)}"])
+        rows.append([test, spread(values), f"{reached} of {len(runs(task, model))}"])
     return markdown(["test", "accuracy", f"seeds with {bar}"], rows)
 
 
@@ -169,24 +183,24 @@ TEXT = ["plain 512", "plain 2048", "plain 8192"]
 STATE = [f"{swaps}{kind}" for swaps in (4, 16) for kind in ("", " moved", " kept")]
 PLACES = [f"from {start}" for start in (0, 64, 128, 256, 512, 1024, 2048, 4096)]
 AGAIN = ["again 512", "again 2048", "again 8192"]
-HEADLINE = ("recurrence", "transformer", "nope", "resona")
-WITH_SSM = (*COMPARED, "ssm", "resona-ssm")
 
 
 def versions() -> Lines:
     """What the results have in common; the commit of the newest."""
-    files = list(stored().values())
+    files = sorted(stored().values(), key=lambda file: file["finished"])
     n_jobs = len(list(reproduce.all_jobs()))
     if not files:
         return [f"No result of this version yet, of at least {n_jobs}."]
-    newest = max(files, key=lambda file: reproduce.path_named(file["job"]).stat().st_mtime)
-    machine = newest["machine"]
     hours = sum(file["seconds"] for file in files) / 3600
+    machines = {
+        f"{one['processor']}, {one['system']}, Python {one['python']}, torch {one['torch']}"
+        for one in (file["machine"] for file in files)
+    }
     return [
-        f"{len(files)} of {n_jobs} results, {hours:.1f} hours on one thread of an "
-        f"{machine['processor']}, {machine['system']}, Python {machine['python']}, torch "
-        f"{machine['torch']}; model and training have the fingerprint `{newest['fingerprint']}` "
-        f"(commit {newest['commit']})."
+        f"{len(files)} of {n_jobs} results, {hours:.1f} hours of computing, on one thread unless a "
+        f"table says otherwise ({'; '.join(sorted(machines))}). The model and its training have "
+        f"the fingerprint `{files[-1]['fingerprint']}`, the newest result is of commit "
+        f"{files[-1]['commit']}."
     ]
 
 
@@ -196,13 +210,17 @@ def copy_strings() -> Lines:
 
 def text_differences() -> Lines:
     """Resona against each other model, on the same windows."""
-    ours = runs("text", "resona")
     rows = []
     for model in ("recurrence", "narrow", "retrieval", "transformer", "nope"):
-        theirs = runs("text", model)
-        cells = [difference(scores(ours, t, BITS), scores(theirs, t, BITS)) for t in TEXT + AGAIN]
+        cells = [difference(bits_of("resona", t), bits_of(model, t)) for t in TEXT + AGAIN]
         rows.append([f"against {MODELS[model].label}", *cells])
     return markdown(["", *TEXT, *AGAIN], rows)
+
+
+def bits_of(model: str, test: str) -> dict[int, float]:
+    """Of a test of text, by seed."""
+    found = runs_by_seed("text", model)
+    return {seed: run["tests"][test][BITS] for seed, run in found.items() if "tests" in run}
 
 
 def text_top_k() -> Lines:
@@ -279,8 +297,7 @@ def million() -> Lines:
     lengths = ["1024", "16384", "131072", "1048576"]
     found = results(f"needle/million/seed-{seed}" for seed in SEEDS)
     right = [each([20 * share for share in scores(found, n)]) for n in lengths]
-    seconds = [each(scores(found, n, "seconds")) for n in lengths]
-    rows = [["found, of 20", *right], ["seconds", *seconds]]
+    rows = [["found, of 20", *right]]
     return markdown(["tokens", *(f"{int(n):,}" for n in lengths)], rows)
 
 
@@ -332,6 +349,9 @@ def ablations_other() -> Lines:
     lines = ["`bilingual`:", "", *ablations("bilingual", BILINGUAL, labels, ACCURACY)]
     labels = ["nothing", "no search loss"]
     lines += ["", "`overwritten`:", "", *ablations("overwritten", OVERWRITTEN, labels, ACCURACY)]
+    for task, tests in (("mqar", MQAR), ("ngram", NGRAM)):
+        labels = ["nothing", "α without the score"]
+        lines += ["", f"`{task}`:", "", *ablations(task, tests, labels, ACCURACY)]
     labels = ["nothing", *(label for label in ABLATIONS if has_ablation("text", label))]
     return [*lines, "", "`text`, bits:", "", *ablations("text", TEXT + AGAIN, labels, BITS)]
 
@@ -412,7 +432,7 @@ def ratios() -> Lines:
             cells = [f"{time:.0f}" for time in times]
             cells += [f"{one['attention / Resona']:.2f}", f"{one['Resona / recurrence']:.2f}"]
             rows.append([f"{kind}, {size}", *cells])
-    headings = [f"{name}, µs a token" for name in one["microseconds_a_token"]]
+    headings = [f"{name}, µs a token" for name in ("recurrence", "Resona", "attention")]
     lines = markdown(["", *headings, "attention / Resona", "Resona / recurrence"], rows)
     rows = [
         [name, f"{one['MiB']:,.0f}", f"{one['seconds']:.1f}"]
@@ -453,9 +473,6 @@ def choice() -> Lines:
         headings = [f"{int(length):,} tokens", *CHOICE_TASKS, "µs a token, prefill / decoding"]
         lines += [*markdown([*headings, "bytes of state"], rows), ""]
     return lines[:-1]
-
-
-CHOICE_TASKS = ("copy", "mqar", "bilingual")
 
 
 def choice_scores(task: str, length: str, label: str, score: str = ACCURACY) -> list[float]:
@@ -536,10 +553,13 @@ TABLES: dict[str, Callable[[], Lines]] = {
 
 
 def number(name: str) -> str:
-    """A number in a sentence: "task model test [score]" -> the mean over the seeds."""
-    task, model, test, *score = (part.replace("_", " ") for part in name.split())
-    which = score[0].replace(" ", "_") if score else BITS if task in IN_BITS else ACCURACY
-    return spread_mean(scores(runs(task, model), test, which))
+    """A number in a sentence: "task model test" -> the mean over the seeds, of bits or accuracy.
+
+    A test of several words has _ between them: "bilingual resona 16_long".
+    """
+    task, model, test = name.split()
+    score = BITS if task in IN_BITS else ACCURACY
+    return spread_mean(scores(runs(task, model), test.replace("_", " "), score))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -551,7 +571,7 @@ def filled(page: str) -> str:
 
     def fill(match: re.Match) -> str:
         start, kind, name, _, end = match.groups()
-        if kind == "number":
+        if kind == "number":  # the only mark that a notebook can have
             return f"{start}{number(name)}{end}"
         if name not in TABLES:
             raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
@@ -573,7 +593,7 @@ def main(argv: list[str]) -> int:
             print(f"{path.name}: a table differs from its results; run python -m evidence.report")
             status = 1
         elif new != page:
-            path.write_text(new, encoding="utf-8")
+            path.write_text(new, encoding="utf-8", newline="\n")
             print(f"{path} written")
     if not args.check:
         from evidence import pictures

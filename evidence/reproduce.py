@@ -6,6 +6,8 @@
     python -m evidence.reproduce --list           # what there is, and what is missing
     python -m evidence.report                     # afterwards: the tables and pictures
 
+It needs `pip install -r evidence/requirements.txt`; what lacks a package fails, and the rest runs.
+
 Each run has a file in evidence/results, written when it ends. It holds what was run, the result,
 the machine, and two fingerprints of the sources: of the model and its training, and of the task or
 script. A run whose fingerprints differ from today's is missing. Stop with Ctrl-C at any moment: a
@@ -42,15 +44,16 @@ from evidence.ablations import ABLATIONS
 from evidence.backbones import FOREIGN
 from evidence.models import MODELS, STATES
 from evidence.notebook import LIMIT_STEPS, OTHERS, PARTS, PARTS_STEPS, WIDTHS
-from evidence.run import COMPARED, DEFAULT_RATE, HIGHER, LOWER, PERFECT, RATES, RESULTS
+from evidence.run import COMPARED, HIGHER, LOWER, PERFECT, RATES, RESULTS, SWEEP
 from evidence.tasks import TASKS
 from resona import BACKBONES
 from train_toy import Parser, UserError, write
 
 ROOT = Path(__file__).parent.parent
 WORK = Path("out/reproduce")  # states of trainings, logs
-BRANCH_COPIES = ("recurrence", "retrieval", "transformer", "nope", "resona", "ssm", "resona-ssm")
-MAD = ("recurrence", "transformer", "nope", "resona")
+WITH_SSM = (*COMPARED, "ssm", "resona-ssm")
+HEADLINE = ("recurrence", "transformer", "nope", "resona")
+CHOICE_TASKS = ("copy", "mqar", "bilingual")
 
 
 @dataclass(frozen=True)
@@ -76,21 +79,21 @@ class Comparison:
 
 
 COMPARISONS = [
-    Comparison("copy", BRANCH_COPIES, 60),
-    Comparison("bilingual", BRANCH_COPIES, 110, more_seeds={"resona": 8}),
+    Comparison("copy", WITH_SSM, 60),
+    Comparison("bilingual", WITH_SSM, 110, more_seeds={"resona": 8}),
     Comparison("text", (*COMPARED, "narrow"), 170, seeds=5),
     Comparison("overwritten", COMPARED, 160, more_seeds={"resona": 8}),
-    Comparison("mqar", BRANCH_COPIES, 90, more_seeds={"resona": 8}),
+    Comparison("mqar", WITH_SSM, 90, more_seeds={"resona": 8}),
     Comparison("icll", COMPARED, 150),
     Comparison("state", (*COMPARED, "gru", "resona-gru"), 200),
     Comparison("ngram", COMPARED, 150, more_seeds={"resona": 8}),
-    Comparison("needle", MAD, 110, more_seeds={"resona": 8}),
-    Comparison("selective", MAD, 100),
-    Comparison("fuzzy", MAD, 90),
-    Comparison("recall", MAD, 60),
-    Comparison("noisy", MAD, 60),
-    Comparison("memorize", MAD, 20),
-    Comparison("compress", (*MAD, "narrow"), 120),
+    Comparison("needle", HEADLINE, 110, more_seeds={"resona": 8}),
+    Comparison("selective", HEADLINE, 100),
+    Comparison("fuzzy", HEADLINE, 90),
+    Comparison("recall", HEADLINE, 60),
+    Comparison("noisy", HEADLINE, 60),
+    Comparison("memorize", HEADLINE, 20),
+    Comparison("compress", (*HEADLINE, "narrow"), 120),
 ]
 ABLATED = [label for label in ABLATIONS if not label.startswith("chunks of 1 token")]
 LONG_COPIES = "chunks of 1 token, retrieval in layer 0 only"
@@ -136,7 +139,7 @@ def sweep(task: str, model: str, seconds: float = 0.0) -> list[Job]:
     If the best rate is the lowest or the highest, the next one beyond is tried, too.
     """
     jobs = []
-    for rate in sorted(RATES, key=lambda rate: abs(rate - DEFAULT_RATE)):
+    for rate in SWEEP:
         jobs.append(compared_job(task, model, 0, rate, seconds))
         if validation(jobs[-1]) >= PERFECT:
             return jobs
@@ -216,7 +219,7 @@ def file_name(label: str) -> str:
 
 def small_states() -> Iterator[Job]:
     """Recurrences whose state has 64 to 8 numbers, at the rates of the whole ones."""
-    for task in ("copy", "mqar", "bilingual"):
+    for task in CHOICE_TASKS:
         for model, like in (("narrow", "recurrence"), ("resona", "resona")):
             rate = chosen_rate(task, like)
             if rate is not None:
@@ -248,7 +251,7 @@ def others() -> Iterator[Job]:
         yield Job(name, "evidence.backbones:measure", {"name": foreign, "seed": seed}, 90)
     for seed in SEEDS:
         yield Job(f"pretrained/seed-{seed}", "evidence.pretrained:measure", {"seed": seed}, 400)
-    for task in ("copy", "mqar", "bilingual"):
+    for task in CHOICE_TASKS:
         rates = [chosen_rate(task, model) for model in ("resona", "transformer", "nope", "ssm")]
         if None not in rates:
             for seed in SEEDS:
@@ -277,7 +280,11 @@ def of_the_notebook() -> Iterator[Job]:
 # Fingerprints
 
 MODEL = ("resona", "train_toy", "evidence.models", "evidence.ablations", "evidence.run")
-SCRIPTS = {"evidence.search": ("evidence.search", "evidence.cost")}  # with what they import
+SCRIPTS = ("evidence.tasks", "evidence.cost", "evidence.check_backbone")  # what scripts import
+CHOSEN = tuple(  # the definitions that scripts choose from tables
+    {getattr(one, "func", one).__name__ for one in (*BACKBONES.values(), *TASKS.values())}
+    | {change.branch.__name__ for change in ABLATIONS.values()}
+)
 # Tables of what can be chosen: what a run has chosen is in its second fingerprint. And the rates of
 # train_toy, as every run here is given its own.
 TABLES = {"TASKS", "MODELS", "BACKBONES", "ABLATIONS", "COPY_LR", "BILINGUAL_LR"}
@@ -292,7 +299,8 @@ def fingerprints(job: Job) -> dict[str, str]:
         names, sizes = chosen(job.arguments)
         script = fingerprint((*MODEL, "evidence.tasks"), names, sizes)
     else:
-        script = fingerprint(SCRIPTS.get(module, (module,)), (function,))
+        more = str((train_toy.COPY_LR, train_toy.BILINGUAL_LR))
+        script = fingerprint((*MODEL, *SCRIPTS, module), (function, *CHOSEN), more)
     return {"fingerprint": fingerprint(MODEL, ("measure",)), "script": script}
 
 
@@ -422,16 +430,6 @@ def run_one(job: Job) -> None:
 
     torch.set_num_threads(1)
     module, function = job.call.split(":")
-    folder = WORK / job.name
-    if module in ("evidence.cost", "evidence.search"):
-        # models that several of them use
-        folder = WORK / "trained" / fingerprints(job)["fingerprint"]
-    arguments = dict(job.arguments)
-    call = getattr(importlib.import_module(module), function)
-    if not job.name.startswith("cost/"):
-        arguments["folder"] = folder
-    start = time.time()
-    result = call(**arguments)
     report = {
         "job": job.name,
         "call": job.call,
@@ -439,18 +437,33 @@ def run_one(job: Job) -> None:
         **fingerprints(job),
         "commit": commit(),
         "machine": machine(),
-        "seconds": round(time.time() - start, 1),
-        "result": result,
     }
+    arguments = dict(job.arguments)
+    if not job.name.startswith("cost/"):
+        arguments["folder"] = folder_of(job)
+    start_time = time.time()
+    result = getattr(importlib.import_module(module), function)(**arguments)
+    report["seconds"] = round(time.time() - start_time, 1)
+    report["finished"] = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+    if job.arguments.get("task") == "text":
+        report["text"] = TASKS["text"]().fingerprint  # it is this Python's own
+    report["result"] = result
     path_of(job).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, ensure_ascii=False)
     write(path_of(job), lambda file: file.write(text.encode()))
     shutil.rmtree(WORK / job.name, ignore_errors=True)
 
 
+def folder_of(job: Job) -> Path:
+    """Where a training is saved: not where one of other sources was."""
+    if job.call.startswith(("evidence.cost:", "evidence.search:")):  # several use the same models
+        return WORK / "trained" / fingerprint((*MODEL, "evidence.tasks"), ("measure", *CHOSEN))
+    return WORK / job.name / "-".join(fingerprints(job).values())
+
+
 def commit() -> str:
-    """The commit that is checked out; "" outside of git."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    """The commit that is checked out, and whether a file was changed since; "" outside of git."""
+    command = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -526,7 +539,7 @@ def run_all(only: list[str], at_once: int) -> int:
                 name = job.name
                 del running[name]
                 bar.update(round(job.seconds))
-                if process.returncode:
+                if process.returncode or not done(job):
                     failed.add(name)
                     tqdm.write(f"{name} failed: see {WORK / name / 'log.txt'}")
             if ended:
@@ -558,15 +571,19 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--jobs must be at least 1, got {args.jobs}")
         jobs = selected(args.only)
         if not jobs:
-            raise UserError(f"--only: no run starts with {' or '.join(args.only)}")
+            raise UserError(
+                f"--only: no run starts with {' or '.join(args.only)}, or its rate is not known yet"
+            )
+        signal.signal(signal.SIGTERM, train_toy.stop)  # as Ctrl-C: no process is left alone
         if args.one:
-            run_one(next(job for job in jobs if job.name == args.one))
+            for job in jobs:  # none, if a sweep ended before this process had started
+                if job.name == args.one:
+                    run_one(job)
             return 0
         if args.list:
             for job in jobs:
                 print(f"{'done' if done(job) else 'missing':<9}{job.name}")
             return 0
-        signal.signal(signal.SIGTERM, train_toy.stop)  # as Ctrl-C: no run is left alone
         return 1 if run_all(args.only, args.jobs) else 0
     except UserError as error:
         print(f"evidence.reproduce: {error}", file=sys.stderr)
@@ -577,4 +594,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the α in a run's name
     sys.exit(main(sys.argv[1:]))

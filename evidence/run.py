@@ -44,8 +44,9 @@ from train_toy import IGNORE, WORLD, Rows, UserError
 
 RESULTS = Path(__file__).with_name("results")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of every sweep
-LOWER, HIGHER = 3e-4, 1e-1  # tried where the best of these is the first or the last
 DEFAULT_RATE = 3e-3  # of a model without a sweep
+SWEEP = sorted(RATES, key=lambda rate: abs(rate - DEFAULT_RATE))  # the likeliest first
+LOWER, HIGHER = 3e-4, 1e-1  # tried where the best of these is the first or the last
 PERFECT = 0.999  # a sweep stops at a rate with this accuracy on the validation rows
 COMPARED = ("recurrence", "retrieval", "transformer", "nope", "resona")
 IN_BITS = ("text", "icll")  # tasks whose targets cannot all be known: bits tell more than accuracy
@@ -253,7 +254,7 @@ def toy_output(folder: Path) -> dict[str, str]:
     environment = {**os.environ}
     environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, "train_toy.py", "--out", str(folder / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return {"output": done.stdout.replace(str(folder / "out"), "out")}
 
 
@@ -266,24 +267,23 @@ def sweep_path(task: str, model: str, rate: float) -> Path:
     return RESULTS / task / model / f"seed-0-lr-{rate:g}.json"
 
 
-def sweep_of(task: str, model: str) -> dict[float, float]:
-    """What is stored of a sweep: rate -> score on the validation rows, -inf where it diverged."""
-    scores = {}
-    for rate in (LOWER, *RATES, HIGHER):
-        path = sweep_path(task, model, rate)
-        if path.exists():
-            score = json.loads(path.read_text())["result"]["validation"]
-            scores[rate] = -math.inf if score is None else score
-    return scores
-
-
 def best_rate(task: str, model: str) -> float:
-    """The best of what is stored of a sweep; DEFAULT_RATE if nothing is.
+    """The best of what is stored of a sweep, as evidence.reproduce chooses it; or DEFAULT_RATE.
 
     A variant without a sweep, like "ssm-4", has the rate of what it varies, "ssm".
     """
-    scores = sweep_of(task, model) or sweep_of(task, model.split("-")[0])
-    return max(scores, key=scores.__getitem__) if scores else DEFAULT_RATE
+    found: dict[float, float] = {}
+    for name in (model, model.split("-")[0]):
+        for rate in (*SWEEP, LOWER, HIGHER):
+            path = sweep_path(task, name, rate)
+            if path.exists():
+                score = json.loads(path.read_text(encoding="utf-8"))["result"]["validation"]
+                found[rate] = -math.inf if score is None else score
+                if found[rate] >= PERFECT:
+                    break
+        if found:
+            return max(found, key=found.__getitem__)
+    return DEFAULT_RATE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -402,12 +402,19 @@ def main(argv: list[str]) -> int:
                 folder = args.out / label.replace(":", "").replace(" ", "-") / f"seed-{seed}"
                 task = make_task(run)
                 print(f"{label}, seed {seed}: {task.steps} steps at {run.lr:g}")
-                model, seconds = trained_model(run, task, folder, args.save_every, args.resume)
+                try:
+                    model, seconds = trained_model(run, task, folder, args.save_every, args.resume)
+                except UserError as error:
+                    if "diverged" not in str(error) or args.sweep is None:
+                        raise
+                    print(f"  {error}")  # and the other rates of the sweep are tried
+                    continue
                 result = {"seconds": seconds, "tests": test(model, run, task)}
                 text = json.dumps({"run": {**vars(run), "data": str(run.data)}, **result}, indent=1)
                 (folder / "results.json").write_text(text)
                 results.setdefault(label, []).append(result)
-        print("\n" + table(results, task, args.task in IN_BITS))
+        if results:
+            print("\n" + table(results, task, args.task in IN_BITS))
         print(f"\nwritten to {args.out}")
         return 0
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:

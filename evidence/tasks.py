@@ -645,18 +645,6 @@ def read_standard_library() -> list[bytes]:
     return [b"\n".join(part) for part in (trained, sources[6::10], sources[::10])]
 
 
-def read_documentation() -> tuple[np.ndarray, np.ndarray]:
-    """Bytes to train on, and held-out ones, of the documentation in CPython, split by topic."""
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    held_out = names[::10]
-    trained = [name for name in names if name not in names[6::10] + held_out]
-    train = "\n".join(topics[name] for name in trained)
-    test = "\n".join(topics[name] for name in held_out)
-    return to_tokens(train.encode()), to_tokens(test.encode())
-
-
 def read_file(path: Path) -> bytes:
     """The bytes of a text in UTF-8."""
     try:
