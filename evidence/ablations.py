@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evidence.models import replace_branch
-from resona import Memory, Resona, Retrieval
+from resona import Layer, Memory, Resona, Retrieval
 
 
 class KeysInPlace(Retrieval):
@@ -110,7 +110,7 @@ class SumAlone(Retrieval):
 
     def __init__(self, *sizes: Any, **options: Any):
         super().__init__(*sizes, **options)
-        self.chunk_encoder.mlp = Zero()
+        self.chunk_encoder.mlp = Zero()  # type: ignore[assignment]
 
 
 class MLPAlone(Retrieval):
@@ -118,7 +118,7 @@ class MLPAlone(Retrieval):
 
     def __init__(self, *sizes: Any, **options: Any):
         super().__init__(*sizes, **options)
-        self.chunk_encoder.proj = Zero()
+        self.chunk_encoder.proj = Zero()  # type: ignore[assignment]
 
 
 class Zero(nn.Module):
@@ -176,5 +176,6 @@ def change_model(label: str, model: Resona) -> None:
     """Put the changed branch into every layer that has one."""
     change = ABLATIONS[label]
     for layer in model.layers:
+        assert isinstance(layer, Layer)
         if layer.retrieval is not None and change.branch is not Retrieval:
             replace_branch(layer, change.branch)

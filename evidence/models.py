@@ -121,6 +121,7 @@ def count(model: Resona) -> int:
     """Parameters that matter: not the halves of weights that read the zeros of NoRecurrence."""
     n = train_toy.count(model)
     for layer in model.layers:
+        assert isinstance(layer, Layer)
         if layer.retrieval is not None and type(layer.backbone) is NoRecurrence:
             for linear in reads_yu(layer.retrieval):
                 n -= linear.weight.numel() // 2

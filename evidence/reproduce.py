@@ -21,6 +21,7 @@ import argparse
 import ast
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -37,7 +38,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 import train_toy
 from evidence.ablations import ABLATIONS
@@ -129,7 +130,9 @@ def jobs_of(comparison: Comparison) -> Iterator[Job]:
 
 
 def compared_job(task: str, model: str, seed: int, rate: float, seconds: float = 0.0) -> Job:
-    fields = {"also_top_k": 16} if (task, model) == ("text", "resona") else {}
+    fields: dict[str, Any] = {}
+    if (task, model) == ("text", "resona"):
+        fields["also_top_k"] = 16
     return run_job(task, model, seed, rate, seconds, **fields)
 
 
@@ -241,7 +244,7 @@ def others() -> Iterator[Job]:
         for seed in SEEDS:
             name = f"needle/million/seed-{seed}"
             yield run_job("needle", "resona", seed, rate, 1200, name, lengths=lengths)
-            arguments = {"length": 65536, "seed": seed}
+            arguments: dict[str, Any] = {"length": 65536, "seed": seed}
             yield Job(f"search/needle/seed-{seed}", "evidence.search:needle", arguments, 400)
     for seed in SEEDS:
         arguments = {"seed": seed}
@@ -430,7 +433,7 @@ def run_one(job: Job) -> None:
 
     torch.set_num_threads(1)
     module, function = job.call.split(":")
-    report = {
+    report: dict[str, Any] = {
         "job": job.name,
         "call": job.call,
         "arguments": job.arguments,
@@ -594,5 +597,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the α in a run's name
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack the α in a run's name
     sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 import train_toy
 from evidence.ablations import ABLATIONS, change_model, change_task
@@ -75,13 +76,13 @@ def evaluate(
     parts: list[Tensor] = []
     bits = 0.0
     for x, y in zip(inputs.split(rows_at_once), targets.split(rows_at_once), strict=True):
-        right = []
+        pieces: list[Tensor] = []
         for logits, target in zip(read(model, x, top_k), y.split(PIECE, dim=1), strict=True):
-            right.append(logits.argmax(-1) == target)
-            scored = target != IGNORE
-            loss = F.cross_entropy(logits[scored], target[scored], reduction="sum")
+            pieces.append(logits.argmax(-1) == target)
+            counts = target != IGNORE
+            loss = F.cross_entropy(logits[counts], target[counts], reduction="sum")
             bits += loss.item() / math.log(2)
-        parts.append(torch.cat(right, dim=1))
+        parts.append(torch.cat(pieces, dim=1))
     right = torch.cat(parts)  # (rows, length)
     scored = targets != IGNORE
     return {
@@ -427,5 +428,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a path
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of a path
     sys.exit(main(sys.argv[1:]))

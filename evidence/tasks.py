@@ -579,7 +579,8 @@ class Text(Defaults):
     def __init__(self, data: Path | None = None):
         self.train, self.validation, self.held_out = read_text(data)
         every = np.concatenate([self.train, self.validation, self.held_out])
-        self.fingerprint = hashlib.sha256(every).hexdigest()[:8]  # by which --resume knows the text
+        digest = hashlib.sha256(every.tobytes()).hexdigest()
+        self.fingerprint = digest[:8]  # by which --resume knows the text
 
     def batch(self, rng: Rng) -> Rows:
         if rng.random() < 0.5:
@@ -588,12 +589,12 @@ class Text(Defaults):
         plain, _ = plain_rows(rng, self.train, 2, TEXT_ROW + 1)
         tokens = [*plain]
         for _ in range(2):
-            passage = rng.integers(64, 193)
+            passage = int(rng.integers(64, 193))
             twice, _ = passage_twice(rng, self.train, TEXT_ROW, passage)
             tokens.append(twice)
         for _ in range(4):
             start = rng.integers(0, len(self.train) - TEXT_ROW)
-            passage = rng.integers(32, 257)
+            passage = int(rng.integers(32, 257))
             tokens.append(np.resize(self.train[start : start + passage], TEXT_ROW + 1))
         return shift(tokens, np.ones_like(tokens, dtype=bool))
 
