@@ -123,8 +123,18 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
+    rows = list(rows)
+    if all(cell in (MISSING, "0", "") for row in rows for cell in row[1:]):
+        return ["Not run yet."]
     lines = [heading, ["---"] * len(heading), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def with_picture(lines: Lines, name: str, about: str) -> Lines:
+    """A table of evidence/README.md, and its picture once all of it was run."""
+    if any(f"| {MISSING} |" in line or line == "Not run yet." for line in lines):
+        return lines
+    return [*lines, "", f"![{about}](pictures/{name}.png)"]
 
 
 def comparison(
@@ -206,6 +216,11 @@ def versions() -> Lines:
 
 def copy_strings() -> Lines:
     return comparison("copy", COPY, WITH_SSM, "sequence_accuracy")
+
+
+def text_places() -> Lines:
+    lines = comparison("text", PLACES, (*COMPARED, "narrow"), BITS)
+    return with_picture(lines, "text", "Bits per byte by position in a text")
 
 
 def text_differences() -> Lines:
@@ -290,7 +305,8 @@ def states() -> Lines:
                 cells.append(spread(scores(found, test)))
         rows.append([str(size), *cells])
     headings = [f"{task}, {kind}" for task in columns for kind in ("alone", "Resona")]
-    return markdown(["numbers", *headings], rows)
+    lines = markdown(["numbers", *headings], rows)
+    return with_picture(lines, "states", "Accuracy by the numbers of the state")
 
 
 def million() -> Lines:
@@ -394,7 +410,8 @@ def rates() -> Lines:
             tried = [job for job in jobs if job.name in stored()]
             swept = {job.arguments["lr"]: reproduce.validation(job) for job in tried}
             cells = [rate_cell(swept, rate) for rate in (LOWER, *RATES, HIGHER)]
-            rows.append([f"{one.task}{unit}", MODELS[model].label.replace("**", ""), *cells])
+            if swept:
+                rows.append([f"{one.task}{unit}", MODELS[model].label.replace("**", ""), *cells])
     headings = [f"{rate:g}" for rate in (LOWER, *RATES, HIGHER)]
     return markdown(["task", "model", *headings], rows)
 
@@ -472,7 +489,7 @@ def choice() -> Lines:
             rows.append([name, *cells, speed, *(size or [MISSING])])
         headings = [f"{int(length):,} tokens", *CHOICE_TASKS, "µs a token, prefill / decoding"]
         lines += [*markdown([*headings, "bytes of state"], rows), ""]
-    return lines[:-1]
+    return with_picture(lines[:-1], "choose", "Accuracy against time at three lengths")
 
 
 def choice_scores(task: str, length: str, label: str, score: str = ACCURACY) -> list[float]:
@@ -528,7 +545,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "ngram": lambda: comparison("ngram", NGRAM),
     "mad": mad,
     "text": lambda: comparison("text", TEXT + AGAIN, (*COMPARED, "narrow"), BITS),
-    "text places": lambda: comparison("text", PLACES, (*COMPARED, "narrow"), BITS),
+    "text places": text_places,
     "text differences": text_differences,
     "text top k": text_top_k,
     "icll": icll,
