@@ -157,7 +157,9 @@ def test_every_task_is_trained_and_tested(name, tmp_path):
     result = measure(tmp_path, task=name, steps=2, lengths=(length,))
     assert result["parameters"] > 0 and result["train_seconds"] > 0
     for scores in result["tests"].values():
-        assert 0 <= scores["sequence_accuracy"] <= scores["token_accuracy"] <= 1
+        assert 0 <= scores["token_accuracy"] <= 1
+        if name != "state":  # where some rows have nothing to score, and count as right
+            assert 0 <= scores["sequence_accuracy"] <= scores["token_accuracy"]
         assert 0 < scores["bits_per_token"] < 1.5 * np.log2(task.vocab_size)
     assert (result["validation"] < 0) == (name in run.IN_BITS)
     assert ("distributions" in result) == (name == "icll")
@@ -380,7 +382,7 @@ def test_a_run_is_stored_with_all_that_it_needs(results):
     assert reproduce.done(job) and file["result"]["tests"]["32"]["token_accuracy"] < 1
     assert file["arguments"] == job.arguments
     assert {"python", "torch", "processor", "system", "threads"} <= file["machine"].keys()
-    assert file["seconds"] > 0 and not (reproduce.WORK / job.name).exists()
+    assert file["seconds"] >= 0 and not (reproduce.WORK / job.name).exists()
 
 
 class Process:
