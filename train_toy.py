@@ -58,7 +58,7 @@ SAVE_EVERY = 100  # steps between saves for --resume
 
 # copying
 COPY_STEPS = 400  # enough for all but the recurrence to level off at 32 letters
-COPY_LR = {"recurrence": 1.9e-2, "resona": 2.85e-3, "transformer": 9.5e-3}  # at the peak
+COPY_LR = {"recurrence": 3e-2, "resona": 3e-3, "transformer": 1e-2}  # at the peak
 COPY_CONFIG = {"chunk_size": 2}  # changes to ResonaConfig: a finer search, for long strings
 COPY_LETTERS = (4, 32)  # shortest and longest string of the training
 COPY_TESTS = [32, 64, 128, 256, 512]  # letters per string

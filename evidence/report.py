@@ -47,6 +47,7 @@ MARK = re.compile(r"(<!-- (table|number) ([^>]+) -->)(.*?)(<!-- end -->)", re.DO
 MISSING = "-"
 ACCURACY = "token_accuracy"
 BITS = "bits_per_token"
+LEARNED = 0.95  # accuracy from which a seed counts as having learned a task
 
 Result = dict[str, Any]
 Lines = list[str]
@@ -153,30 +154,28 @@ def comparison(
     return markdown(["", "seeds", "rate", *(headings or tests)], rows)
 
 
-def plain_comparison(task: str, tests: Sequence[str], models: Sequence[str]) -> Lines:
-    """For README.md: means alone."""
-    rows = []
-    for model in models:
-        found = runs(task, model)
-        cells = [spread_mean(scores(found, test)) for test in tests]
-        if model == "resona":
-            cells = [f"**{cell}**" for cell in cells]
-        rows.append([MODELS[model].label, *cells])
-    return markdown(["", *tests], rows)
+def plain_row(task: str, tests: Sequence[str], model: str) -> list[str]:
+    score = BITS if task in IN_BITS else ACCURACY
+    return [MODELS[model].label, *means(runs(task, model), tests, score, bold=model == "resona")]
+
+
+def means(runs: list[Result], tests: Sequence[str], score: str, bold: bool = False) -> list[str]:
+    cells = [spread_mean(scores(runs, test, score)) for test in tests]
+    return [f"**{cell}**" if bold and cell != MISSING else cell for cell in cells]
 
 
 def spread_mean(values: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f}" if values else MISSING
 
 
-def learned(task: str, model: str, tests: Sequence[str], bar: float = 0.95) -> Lines:
-    """How many of the seeds reach `bar` on each test."""
+def learned(task: str, model: str, tests: Sequence[str]) -> Lines:
+    """How many of the seeds reach LEARNED on each test."""
     rows = []
     for test in tests:
         values = scores(runs(task, model), test)
-        reached = sum(value >= bar for value in values)
+        reached = sum(value >= LEARNED for value in values)
         rows.append([test, spread(values), f"{reached} of {len(runs(task, model))}"])
-    return markdown(["test", "accuracy", f"seeds with {bar}"], rows)
+    return markdown(["test", "accuracy", f"seeds with {LEARNED}"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,6 +213,71 @@ def versions() -> Lines:
     ]
 
 
+# of README.md
+
+
+def headline() -> Lines:
+    """Copying, also by a recurrence that was trained for longer."""
+    rows = [plain_row("copy", COPY, model) for model in HEADLINE]
+    longer = plain_row("copy-long", COPY, "recurrence")
+    rows.insert(1, [f"{longer[0]}, ten times the steps", *longer[1:]])
+    return markdown(["", *(f"{n} letters" for n in COPY)], rows)
+
+
+def bilingual_plain() -> Lines:
+    """Bilingual, also by Transformers that were trained for longer."""
+    tests = BILINGUAL[:3]
+    rows = [plain_row("bilingual", tests, model) for model in COMPARED]
+    for model in ("nope", "transformer"):
+        names = [f"bilingual/four-times-the-steps/{model}-seed-{seed}" for seed in SEEDS]
+        label = f"{MODELS[model].label}, four times the steps"
+        rows.insert(-1, [label, *means(results(names), tests, ACCURACY)])
+    return markdown(["", *(f"{test} entries" for test in ("16", "16, long:", "32"))], rows)
+
+
+def text_plain() -> Lines:
+    """Bits of plain text, and what Resona saves of the recurrence's."""
+    rows = [plain_row("text", TEXT, model) for model in COMPARED]
+    pairs = [difference(bits_of("resona", test), bits_of("recurrence", test)) for test in TEXT]
+    rows.append(["Resona less recurrence alone, ± standard error", *pairs])
+    return markdown(["bits per byte", "512 bytes", "2,048 bytes", "8,192 bytes"], rows)
+
+
+def search_loss_plain() -> Lines:
+    """Overwritten values with and without search_loss, and the seeds that learned them."""
+    tests = ["8 kept", "8 new"]
+    without = [f"ablations/overwritten/no-search-loss/seed-{seed}" for seed in SEEDS]
+    rows = []
+    for label, found in (
+        ("without `search_loss`", results(without)),
+        ("**with `search_loss`**", runs("overwritten", "resona")),
+    ):
+        cells = []
+        for test in tests:
+            values = scores(found, test)
+            reached = f"{sum(value >= LEARNED for value in values)} of {len(values)} seeds"
+            cells += [spread_mean(values), reached if values else MISSING]
+        rows.append([label, *cells])
+    bar = f"seeds with {LEARNED}"
+    return markdown(["training", "values that were kept", bar, "new values", bar], rows)
+
+
+def choice_plain() -> Lines:
+    """Accuracy and cost of four models, at the shortest and the longest of the lengths."""
+    times = result("choice/times") or {}
+    rows = []
+    for length in ("512", "8192"):
+        for label in ("ssm-16", "transformer", "nope", "resona k=4"):
+            accuracy = [spread_mean(choice_scores(task, length, label)) for task in CHOICE_TASKS]
+            time = times.get(length, {}).get(label)
+            speed = [f"{time[kind]:,.0f}" if time else MISSING for kind in ("prefill", "decoding")]
+            rows.append([f"{int(length):,}", CHOICES[label], *accuracy, *speed])
+    return markdown(["tokens", "", *CHOICE_TASKS, "prefill, µs", "decoding, µs"], rows)
+
+
+# of evidence/README.md
+
+
 def copy_strings() -> Lines:
     return comparison("copy", COPY, WITH_SSM, "sequence_accuracy")
 
@@ -245,8 +309,8 @@ def text_top_k() -> Lines:
     sixteen = [{"tests": run["tests, k = 16"]} for run in four if "tests, k = 16" in run]
     recurrence = runs("text", "recurrence")
     rows = [
-        ["k = 4", *(spread(scores(four, test, BITS)) for test in tests)],
-        ["k = 16", *(spread(scores(sixteen, test, BITS)) for test in tests)],
+        ["K = 4", *(spread(scores(four, test, BITS)) for test in tests)],
+        ["K = 16", *(spread(scores(sixteen, test, BITS)) for test in tests)],
         ["recurrence alone", *(spread(scores(recurrence, test, BITS)) for test in tests)],
     ]
     return markdown(["", *tests], rows)
@@ -403,7 +467,7 @@ def long_copies() -> Lines:
 def rates() -> Lines:
     """Every sweep, on validation rows: the best rate of each model in bold."""
     rows = []
-    for one in COMPARISONS:
+    for one in COMPARISONS.values():
         unit = ", bits" if one.task in IN_BITS else ""
         for model in one.models:
             jobs = reproduce.sweep(one.task, model)
@@ -466,10 +530,10 @@ CHOICES = {  # label of evidence.cost.choice -> in the table
     "ssm-16": "selective SSM, N = 16",
     "transformer": "Transformer, rotary positions",
     "nope": "Transformer, no positions",
-    "resona k=1": "Resona, k = 1",
-    "resona k=4": "Resona, k = 4",
-    "resona k=32": "Resona, k = 32",
-    "resona ivf k=4": "Resona, inverted file, k = 4",
+    "resona k=1": "Resona, K = 1",
+    "resona k=4": "Resona, K = 4",
+    "resona k=32": "Resona, K = 32",
+    "resona ivf k=4": "Resona, inverted file, K = 4",
 }
 
 
@@ -535,10 +599,13 @@ def toy_output() -> Lines:
 TABLES: dict[str, Callable[[], Lines]] = {
     "versions": versions,
     "copy": lambda: comparison("copy", COPY, WITH_SSM),
-    "copy plain": lambda: plain_comparison("copy", COPY, HEADLINE),
+    "headline": headline,
     "copy strings": copy_strings,
     "bilingual": lambda: comparison("bilingual", BILINGUAL, WITH_SSM),
-    "bilingual plain": lambda: plain_comparison("bilingual", BILINGUAL[:3], COMPARED),
+    "bilingual plain": bilingual_plain,
+    "text plain": text_plain,
+    "search loss plain": search_loss_plain,
+    "choice plain": choice_plain,
     "mqar": lambda: comparison("mqar", MQAR, WITH_SSM),
     "overwritten": lambda: comparison("overwritten", OVERWRITTEN),
     "overwritten learned": lambda: learned("overwritten", "resona", OVERWRITTEN),

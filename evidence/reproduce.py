@@ -79,23 +79,29 @@ class Comparison:
     more_seeds: dict[str, int] = field(default_factory=dict)  # model -> seeds, if others
 
 
-COMPARISONS = [
-    Comparison("copy", WITH_SSM, 60),
-    Comparison("bilingual", WITH_SSM, 110, more_seeds={"resona": 8}),
-    Comparison("text", (*COMPARED, "narrow"), 170, seeds=5),
-    Comparison("overwritten", COMPARED, 160, more_seeds={"resona": 8}),
-    Comparison("mqar", WITH_SSM, 90, more_seeds={"resona": 8}),
-    Comparison("icll", COMPARED, 150),
-    Comparison("state", (*COMPARED, "gru", "resona-gru"), 200),
-    Comparison("ngram", COMPARED, 150, more_seeds={"resona": 8}),
-    Comparison("needle", HEADLINE, 110, more_seeds={"resona": 8}),
-    Comparison("selective", HEADLINE, 100),
-    Comparison("fuzzy", HEADLINE, 90),
-    Comparison("recall", HEADLINE, 60),
-    Comparison("noisy", HEADLINE, 60),
-    Comparison("memorize", HEADLINE, 20),
-    Comparison("compress", (*HEADLINE, "narrow"), 120),
-]
+COMPARISONS = {
+    one.task: one
+    for one in (
+        Comparison("copy", WITH_SSM, 60),
+        Comparison("copy-long", ("recurrence",), 330),
+        Comparison("bilingual", WITH_SSM, 110, more_seeds={"resona": 8}),
+        Comparison("text", (*COMPARED, "narrow"), 170, seeds=5),
+        Comparison("overwritten", COMPARED, 160, more_seeds={"resona": 8}),
+        Comparison("mqar", WITH_SSM, 90, more_seeds={"resona": 8}),
+        Comparison("icll", COMPARED, 150),
+        Comparison("state", (*COMPARED, "gru", "resona-gru"), 200),
+        Comparison("ngram", COMPARED, 150, more_seeds={"resona": 8}),
+        Comparison("needle", HEADLINE, 110, more_seeds={"resona": 8}),
+        # MAD
+        Comparison("selective", HEADLINE, 100),
+        Comparison("fuzzy", HEADLINE, 90),
+        Comparison("recall", HEADLINE, 60),
+        Comparison("noisy", HEADLINE, 60),
+        Comparison("memorize", HEADLINE, 20),
+        Comparison("compress", (*HEADLINE, "narrow"), 120),
+    )
+}
+MAD = ("selective", "fuzzy", "recall", "noisy", "memorize", "compress")
 ABLATED = [label for label in ABLATIONS if not label.startswith("chunks of 1 token")]
 LONG_COPIES = "chunks of 1 token, retrieval in layer 0 only"
 SEEDS = range(3)  # of all that is not a comparison
@@ -107,16 +113,20 @@ SEEDS = range(3)  # of all that is not a comparison
 
 def all_jobs() -> Iterator[Job]:
     """Every run. The rate of some is known only when a sweep is finished; until then they wait."""
-    for comparison in COMPARISONS[:3]:
-        yield from jobs_of(comparison)
+    yield from comparisons("copy", "copy-long", "bilingual", "text")
     yield from ablations()
     yield from costs()
-    for comparison in COMPARISONS[3:]:
-        yield from jobs_of(comparison)
+    yield from comparisons("overwritten", "mqar", "icll", "state", "ngram", "needle")
     yield from other_steps()
     yield from small_states()
-    yield from others()
     yield from of_the_notebook()
+    yield from others()
+    yield from comparisons(*MAD)
+
+
+def comparisons(*tasks: str) -> Iterator[Job]:
+    for task in tasks:
+        yield from jobs_of(COMPARISONS[task])
 
 
 def jobs_of(comparison: Comparison) -> Iterator[Job]:

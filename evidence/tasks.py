@@ -974,8 +974,15 @@ def state_row(rng: Rng, n_swaps: int) -> Marked:
 # All of them
 
 
+class LongCopying(Copying):
+    """Copying, with ten times the steps: is the recurrence at the limit of its state?"""
+
+    steps = 10 * Copying.steps
+
+
 TASKS: dict[str, Callable[..., Any]] = {
     "copy": Copying,
+    "copy-long": LongCopying,
     "bilingual": Bilingual,
     "ngram": Ngram,
     "mqar": Mqar,
@@ -994,6 +1001,7 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even ones
     "copy": (1, 100_000),
+    "copy-long": (1, 100_000),
     "bilingual": (1, 32),
     "ngram": (7, 1500),
     "mqar": (1, 63),
