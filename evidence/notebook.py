@@ -4,9 +4,9 @@
     python -m evidence.notebook parts late-keys 800       # bilingual without one part of Resona
 
 limit: a recurrence of two layers, whose state has twice as many numbers as it has channels, learns
-to copy strings of 4 to 32 letters. parts: one layer learns bilingual, with one thing taken out, at
-the rates of train_toy.py. All with seed 0. What was stopped goes on where it was last saved. A
-model that was trained for the longest of the times is written to evidence/results.
+to copy strings of 4 to 32 letters. parts: one layer learns bilingual, with one thing taken out. All
+with seed 0. What was stopped goes on where it was last saved. A model that was trained for the
+longest of the times is written to evidence/results/notebook.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 
 import train_toy
 from evidence.models import make_model, replace_branch
+from evidence.run import best_rate
 from resona import Resona, ResonaConfig
 from train_toy import Bilingual, Copying, Task
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parent / "results" / "notebook"
 # channels -> learning rate, the better of these two
 WIDTHS = {8: 1e-2, 16: 2e-2, 32: 2e-2, 64: 2e-2}
 LIMIT_STEPS = (2000, 8000, 32000)
@@ -34,12 +35,11 @@ PARTS_STEPS = (400, 800)
 PARTS = {
     "nothing": "as it is",
     "recurrence": "no recurrence",
-    "state-asks": "query without the state",
+    "y-in-the-queries": "query without the state",
     "late-keys": "keys not one step late",
     "log-P": "no log-probability bias",
 }
-# -> another model, at its best rate
-OTHERS = {"retrieval": ("recurrence", 2e-3), "attention": ("nope", 3e-3)}
+OTHERS = {"retrieval": "recurrence", "attention": "nope"}  # -> another model, of evidence.models
 
 
 def limit(width: int, steps: int, folder: Path) -> dict[str, float]:
@@ -62,11 +62,11 @@ def limit(width: int, steps: int, folder: Path) -> dict[str, float]:
     return report
 
 
-def part(name: str, steps: int, folder: Path) -> dict[str, float]:
+def part(name: str, steps: int, rate: float, folder: Path) -> dict[str, float]:
     """-> "16": the share of translations right, with 16 words in the dictionary.
 
-    name: what is taken out, of PARTS or OTHERS. The model goes to folder/parts-<name>-<steps>.pt;
-    that of the longest training is stored.
+    name: what is taken out, of PARTS or OTHERS; rate: the learning rate. The model goes to
+    folder/parts-<name>-<steps>.pt; that of the longest training is stored.
     """
     from evidence.ablations import ABLATIONS
 
@@ -74,8 +74,7 @@ def part(name: str, steps: int, folder: Path) -> dict[str, float]:
     task = Bilingual()
     task.lengths = [16]
     task.config = {**task.config, "n_layer": 1}
-    kind, rate = OTHERS.get(name, ("resona", task.lr["resona"]))
-    model = make_model(kind, "gated", task)
+    model = make_model(OTHERS.get(name, "resona"), None, task)
     if name in PARTS:
         layer: Any = model.layers[0]
         replace_branch(layer, ABLATIONS[PARTS[name]].branch)
@@ -119,7 +118,8 @@ def main(argv: list[str]) -> int:
     if args.which == "limit":
         report = limit(int(args.name), args.steps, args.out)
     else:
-        report = part(args.name, args.steps, args.out)
+        rate = best_rate("bilingual", OTHERS.get(args.name, "resona"))
+        report = part(args.name, args.steps, rate, args.out)
     print(json.dumps(report))
     return 0
 

@@ -89,6 +89,11 @@ def runs_by_seed(task: str, model: str) -> dict[int, Result]:
     return {seed: run for seed, run in found.items() if run is not None}
 
 
+def trained_longer(task: str, model: str) -> list[Result]:
+    """For four times the steps."""
+    return results(f"{task}/four-times-the-steps/{model}-seed-{seed}" for seed in SEEDS)
+
+
 def rate_of(task: str, model: str) -> str:
     rate = reproduce.chosen_rate(task, model)
     return MISSING if rate is None else f"{rate:g}"
@@ -229,9 +234,8 @@ def bilingual_plain() -> Lines:
     tests = BILINGUAL[:3]
     rows = [plain_row("bilingual", tests, model) for model in COMPARED]
     for model in ("nope", "transformer"):
-        names = [f"bilingual/four-times-the-steps/{model}-seed-{seed}" for seed in SEEDS]
         label = f"{MODELS[model].label}, four times the steps"
-        rows.insert(-1, [label, *means(results(names), tests, ACCURACY)])
+        rows.insert(-1, [label, *means(trained_longer("bilingual", model), tests, ACCURACY)])
     return markdown(["", *(f"{test} entries" for test in ("16", "16, long:", "32"))], rows)
 
 
@@ -444,8 +448,8 @@ def other_steps() -> Lines:
     """Bilingual with four times the steps, n-grams with half of them."""
     rows = []
     for model in ("transformer", "nope"):
-        names = [f"bilingual/four-times-the-steps/{model}-seed-{seed}" for seed in SEEDS]
-        cells = [spread(scores(results(names), test)) for test in BILINGUAL]
+        found = trained_longer("bilingual", model)
+        cells = [spread(scores(found, test)) for test in BILINGUAL]
         rows.append([MODELS[model].label, *cells])
     lines = markdown(["`bilingual`, 3,200 steps", *BILINGUAL], rows)
     found = results(f"ngram/half-the-steps/seed-{seed}" for seed in range(8))
@@ -639,11 +643,13 @@ TABLES: dict[str, Callable[[], Lines]] = {
 def number(name: str) -> str:
     """A number in a sentence: "task model test" -> the mean over the seeds, of bits or accuracy.
 
-    A test of several words has _ between them: "bilingual resona 16_long".
+    A test of several words has _ between them: "bilingual resona 16_long". With a fourth word,
+    "longer", it is of models that were trained for four times as many steps.
     """
-    task, model, test = name.split()
+    task, model, test, *longer = name.split()
+    found = trained_longer(task, model) if longer else runs(task, model)
     score = BITS if task in IN_BITS else ACCURACY
-    return spread_mean(scores(runs(task, model), test.replace("_", " "), score))
+    return spread_mean(scores(found, test.replace("_", " "), score))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -281,8 +281,10 @@ def others() -> Iterator[Job]:
 def of_the_notebook() -> Iterator[Job]:
     """Models that tutorial.ipynb loads, and what they can do after how many steps."""
     for name, steps in itertools.product((*PARTS, *OTHERS), PARTS_STEPS):
-        arguments: dict[str, Any] = {"name": name, "steps": steps}
-        yield Job(f"notebook/parts-{name}-{steps}", "evidence.notebook:part", arguments, 30)
+        rate = chosen_rate("bilingual", OTHERS.get(name, "resona"))
+        if rate is not None:
+            arguments: dict[str, Any] = {"name": name, "steps": steps, "rate": rate}
+            yield Job(f"notebook/parts-{name}-{steps}", "evidence.notebook:part", arguments, 60)
     for width, steps in itertools.product(WIDTHS, LIMIT_STEPS):
         arguments = {"width": width, "steps": steps}
         name = f"notebook/limit-{width}-{steps}"

@@ -305,30 +305,42 @@ def test_language_scores_are_perfect_for_the_truth_and_part_positions():
 def test_state_rows_are_answered_by_following_the_swaps():
     rng = np.random.default_rng(0)
     inputs, targets, moved = TASKS["state"]().rows(rng, 50, 6)
-    assert inputs.shape == (50, 16 + 1 + 10 + 1 + 12 + 1 + 5)
+    assert inputs.shape == (50, 16 + 1 + 6 + 1 + 12 + 1 + 3)
     for x, y, marks in lists(inputs, targets, moved):
         value_at = dict(zip(x[0:16:2], x[1:16:2], strict=True))
-        address = dict(zip(x[17:27:2], x[18:27:2], strict=True))
+        address = dict(zip(x[17:23:2], x[18:23:2], strict=True))
         first = dict(address)
-        assert len(value_at) == 8 and len(first) == len(set(first.values())) == 5
-        assert (x[16], x[27], x[40]) == (tasks.INIT_MARK, tasks.SWAPS_MARK, tasks.QUERY_MARK)
-        answers = []
-        for i in range(28, 40, 2):
+        assert len(value_at) == 8 and len(first) == len(set(first.values())) == 3
+        assert (x[16], x[23], x[36]) == (tasks.INIT_MARK, tasks.SWAPS_MARK, tasks.QUERY_MARK)
+        answers = [IGNORE] * 17
+        for pointer in x[17:23:2]:
+            answers += [IGNORE, value_at[first[pointer]]]
+        answers.append(IGNORE)
+        for i in range(24, 36, 2):
             answers += [value_at[address[x[i]]], value_at[address[x[i + 1]]]]
             assert marks[i : i + 2] == [address[p] != first[p] for p in x[i : i + 2]]
             assert x[i] != x[i + 1]
             address[x[i]], address[x[i + 1]] = address[x[i + 1]], address[x[i]]
-        assert y[:28] + y[40:41] == [IGNORE] * 29 and y[28:40] == answers
-        assert y[41:] == [value_at[address[pointer]] for pointer in x[41:]]
-        assert marks[41:] == [address[pointer] != first[pointer] for pointer in x[41:]]
-        assert sorted(x[41:]) == sorted(first) and not any(marks[:28])
+        answers.append(IGNORE)
+        answers += [value_at[address[pointer]] for pointer in x[37:]]
+        assert y == answers
+        assert marks[37:] == [address[pointer] != first[pointer] for pointer in x[37:]]
+        assert sorted(x[37:]) == sorted(first) and not any(marks[:24])
+
+
+def test_state_rows_of_training_have_few_swaps_as_often_as_many():
+    rng = np.random.default_rng(0)
+    task = TASKS["state"]()
+    n_swaps = [(task.batch(rng)[0].shape[1] - 28) // 2 for _ in range(2000)]
+    assert min(n_swaps) == 1 and max(n_swaps) == 16
+    for low in (1, 2, 4, 8):  # as often 1 as 2 or 3, as 4 to 7, as 8 to 15
+        assert 420 < sum(low <= n < 2 * low for n in n_swaps) < 560
 
 
 def test_state_tests_score_what_is_asked_after_the_swaps():
     tests = TASKS["state"]().test(np.random.default_rng(0), 2)
     (inputs, both), (_, moved), (_, kept) = (tests[name] for name in ("2", "2 moved", "2 kept"))
-    assert (both[:, -5:] != IGNORE).all() and (both[:, :-5] == IGNORE).all()
+    assert (both[:, -3:] != IGNORE).all() and (both[:, :-3] == IGNORE).all()
     assert np.array_equal(both, np.where(moved != IGNORE, moved, kept))
-    assert ((moved != IGNORE) ^ (kept != IGNORE))[:, -5:].all()
-    # two swaps move none, three or four pointers
-    assert set((moved != IGNORE).sum(axis=1)) == {0, 3, 4}
+    assert ((moved != IGNORE) ^ (kept != IGNORE))[:, -3:].all()
+    assert set((moved != IGNORE).sum(axis=1)) == {0, 3}  # two swaps move none or all
