@@ -130,7 +130,7 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
     rows = list(rows)
-    if all(cell in (MISSING, "0", "") for row in rows for cell in row[1:]):
+    if all(cell in (MISSING, "0", "", "0 of 0") for row in rows for cell in row[1:]):
         return ["Not run yet."]
     lines = [heading, ["---"] * len(heading), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
@@ -509,7 +509,7 @@ def ratios() -> Lines:
     """Resona against attention and the recurrence, by rows x tokens."""
     found = result("cost/ratios")
     if found is None:
-        return [MISSING]
+        return ["Not run yet."]
     rows = []
     for kind in ("training", "prefill", "decoding"):
         for size, one in found[kind].items():
@@ -605,6 +605,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "copy": lambda: comparison("copy", COPY, WITH_SSM),
     "headline": headline,
     "copy strings": copy_strings,
+    "copy long": lambda: comparison("copy-long", COPY, ("recurrence",)),
     "bilingual": lambda: comparison("bilingual", BILINGUAL, WITH_SSM),
     "bilingual plain": bilingual_plain,
     "text plain": text_plain,

@@ -906,12 +906,12 @@ class StateRecall(Defaults):
     vocab_size = QUERY_MARK + 1
     unit = "swaps"
     lengths = [4, 2, 8, 16]
-    steps = 1500
+    steps = 2500
     config = {"chunk_size": 2}
 
     def batch(self, rng: Rng) -> Rows:
         n_swaps = int(2 ** rng.uniform(0, math.log2(17)))
-        inputs, targets, _ = self.rows(rng, 2 * BATCH, n_swaps)
+        inputs, targets, _ = self.rows(rng, 4 * BATCH, n_swaps)
         return inputs, targets
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:

@@ -325,7 +325,7 @@ COSMETIC = [
     ("train_toy", "# 1. forward and backward", "# another comment"),
     ("train_toy", '"""One update -> loss', '"""A step -> loss'),
     ("train_toy", "A new string of", "A fresh string of"),  # what is printed
-    ("train_toy", '"resona": 2.85e-3', '"resona": 2.9e-3'),  # runs are given their rates
+    ("train_toy", '"resona": 3e-3', '"resona": 2.9e-3'),  # runs are given their rates
     ("resona", "backbone must be one of", "backbone may be one of"),
     ("evidence/ablations", '"top_k 2 in training"', '"top_k 3 in training"'),
 ]
@@ -455,13 +455,13 @@ def test_every_run_has_a_name_of_its_own_and_fits_its_function(results, monkeypa
 
 def test_tables_hold_what_the_results_hold(results):
     store(COPY_JOB, accuracy(0.999))  # so good that no other rate is tried
-    for seed, value in ((1, 0.997), (2, 0.995)):
+    for seed, value in ((1, 0.997), (2, 0.949)):
         store(reproduce.run_job("copy", "resona", seed, 3e-3, 1.0), accuracy(value))
     line = next(x for x in report.comparison("copy", ["32", "64"]) if "Resona" in x)
-    assert line == "| **Resona** | 3 | 0.003 | 0.997 (0.002) | - |"
-    assert report.number("copy resona 32") == "0.997"
-    line = report.learned("copy", "resona", ["32"], bar=0.996)[-1]
-    assert line == "| 32 | 0.997 (0.002) | 2 of 3 |"
+    assert line == "| **Resona** | 3 | 0.003 | 0.982 (0.028) | - |"
+    assert report.number("copy resona 32") == "0.982"
+    line = report.learned("copy", "resona", ["32"])[-1]
+    assert line == "| 32 | 0.982 (0.028) | 2 of 3 |"
 
 
 def test_differences_are_of_pairs():
