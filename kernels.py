@@ -10,15 +10,16 @@ Triton and nothing of this project; resona.py imports it where it uses it.
     2. the scan in blocks                     5. the public functions
     3. the search                             6. does it work on this GPU?
 
-Letters: B batch, L length, D width, M chunks, U tokens a chunk, K retrieved chunks, S search width.
-A tile is what a program holds in registers at one time; its sizes are called BLOCK_D, BLOCK_Q, ...,
-as in Triton's tutorials. A block is a stretch of a scan.
+Letters: B batch, L length, D width, M chunks, U tokens per chunk, K retrieved chunks, S search
+width. A tile is what a program holds in registers at one time; its sizes are called BLOCK_D,
+BLOCK_Q, ..., as in Triton's tutorials. A block is a stretch of a scan's steps.
 
 Performance. Nothing here has been timed on a GPU yet; what follows is counted. The scan does less
-than one operation for every number it moves, so memory limits it. In float32 it moves 12 bytes an
-element forward (read a and b, write h) and 20 backward (read a, h and dh, write da and db). In
-blocks, it reads two of its inputs twice: 20 and 28 bytes. A search that writes its scores moves 8
-bytes for each pair of query and chunk; this one keeps scores in registers and writes the winners.
+than one operation for every number it moves, so memory bandwidth limits it. In float32 it moves 12
+bytes per element forward (read a and b, write h) and 20 backward (read a, h and dh, write da and
+db). In blocks, it reads two of its inputs twice: 20 and 28 bytes. A search that writes its scores
+moves 8 bytes for each pair of query and chunk; this one keeps scores in registers and writes the
+winners.
 """
 
 # Inside a kernel numbers are Triton's, of which a type checker knows nothing.
@@ -43,7 +44,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CP
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 TILE_T = 16         # scan: steps in a tile
-MIN_BLOCK = 256     # scan: a row gets at most one block per this many steps
+MIN_BLOCK = 256     # scan: a row of L steps is cut into at most L / MIN_BLOCK blocks, rounded up
 TILE_Q = 64         # search: queries in a tile
 TILE_M = 64         # search: chunks in a tile
 MIN_PROGRAMS = 256  # a guess at what keeps a GPU busy; with fewer, the work is cut into parts
@@ -56,9 +57,9 @@ MAX_S = 128         # and its keys in shared memory
 # ----------------------------------------------------------------------------------------------
 # 1. The scan, forward and backward
 #
-# A program is one warp. It owns BLOCK_D neighbouring channels, 4 bytes a lane, and walks along
-# the sequence. A load from memory takes hundreds of cycles, so the program asks for all rows of
-# a tile before it uses the first: then it waits for memory once a tile, not once a step.
+# A program is one warp. It owns BLOCK_D neighbouring channels, 4 bytes per lane, and walks along
+# the sequence. A load from memory takes hundreds of cycles, so the program requests all steps of
+# a tile before it uses the first: then it waits for memory once per tile, not once per step.
 
 @triton.jit
 def load_tile(ptr, n_rows, STEP: tl.constexpr, TILE: tl.constexpr, other=0.0):
@@ -121,7 +122,7 @@ def scan_backward_kernel(
         t = L - 1 - n_done
         offs = (batch * L + t) * D + offs_d
         n_rows = tl.where(mask, end - n_done, 0)
-        a = load_tile(a_ptr + offs, n_rows, -D, TILE, other=1.0)  # after step 0, carry stays
+        a = load_tile(a_ptr + offs, n_rows, -D, TILE, other=1.0)  # past step 0, carry stays
         dh = load_tile(dh_ptr + offs, n_rows, -D, TILE)
         h_before = load_tile(h_ptr + offs - D, tl.minimum(n_rows, t), -D, TILE)
         for i in tl.static_range(TILE):
@@ -138,9 +139,10 @@ def scan_backward_kernel(
 # 2. The scan in blocks, for long rows and few channels
 #
 # With B * D small there are too few programs to keep a GPU busy. Then each row is cut into blocks
-# that are scanned at the same time, which needs to know where each block starts. A block is a
-# linear map of its start, end = product * start + state, where product is that of all its a and
-# state is its end if it starts from zero. So the ends of the blocks are a scan, too:
+# that are scanned at the same time. For that, the start of each block must be known, which is h
+# before its first step. A block maps its start to its end: end = product * start + state, where
+# product is the product of all its a, and state is its end if it starts from zero. So the ends of
+# the blocks are a scan, too:
 #
 #     1. summary kernel    product and state of every block but the last
 #     2. forward kernel    over these, a row of a few hundred steps: the starts
@@ -264,8 +266,9 @@ def scan_backward(
 # ----------------------------------------------------------------------------------------------
 # 3. The search
 #
-# A program takes TILE_Q queries, walks over the chunks a tile at a time, and keeps the best of
-# each query. A score and its chunk travel as one int64, the key, so that one maximum finds both:
+# A program takes TILE_Q queries, walks over the chunks a tile at a time, and keeps the best chunks
+# of each query. A score and its chunk travel as one int64, the sort key (`key` in the code, not a
+# search key), so that one maximum finds both:
 #
 #     bit 63                            32 31                             0
 #       +---------------------------------+---------------------------------+
@@ -273,8 +276,8 @@ def scan_backward(
 #       | an integer that sorts like it   | in an empty slot, ~slot         |
 #       +---------------------------------+---------------------------------+
 #
-# Of equal scores the earlier chunk has the larger key and wins. An empty slot scores -inf. It has
-# bit 31 set, so its key is larger than that of a hidden chunk, which scores -inf as well.
+# Of equal scores, the earlier chunk has the larger sort key and wins. An empty slot scores -inf. It
+# has bit 31 set, so its sort key is larger than that of a hidden chunk, which scores -inf as well.
 
 LOW_31 = tl.constexpr(0x7FFFFFFF)
 LOW_32 = tl.constexpr(0xFFFFFFFF)
@@ -302,7 +305,7 @@ def any_of(mask):
 
 @triton.jit
 def insert(best, key):
-    """The best of both: as long as any query has a better key, it replaces the worst in `best`."""
+    """The best of both: while a query has a larger sort key, that replaces its worst in `best`."""
     candidate = tl.max(key, axis=1)
     worst = tl.min(best, axis=1)
     while any_of(candidate > worst):
@@ -321,21 +324,21 @@ def tile_scores(q, c_ptr, m, offs_s, M, S, n_visible, PRECISION: tl.constexpr):
     mask = (m < M)[:, None] & (offs_s < S)[None, :]
     c = tl.load(c_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     score = tl.dot(q, tl.trans(c), input_precision=PRECISION)
-    score = tl.where(score == score, score, float("inf"))  # NaN must not vanish
+    score = tl.where(score == score, score, float("inf"))  # NaN would vanish, so it becomes inf
     return tl.where(m[None, :] < n_visible[:, None], score, float("-inf"))
 
 
-# What grows with the text is not specialized, or decoding would compile the kernel again.
+# What grows with the text is not specialized; otherwise, decoding would recompile the kernel.
 @triton.jit(do_not_specialize=["L", "M", "offset", "span"])
 def search_kernel(
     q_ptr, c_ptr, best_ptr, L, M, S, stride_c, chunk_size, offset, span,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
     SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """The best of BLOCK_Q queries among one part of the chunks, `span` of them.
+    """The best chunks of each of BLOCK_Q queries, out of one part of `span` chunks.
 
     q: (B, L, S); c: (B, M, S), stride_c from one row of the batch to the next;
-    best: (B, L, parts, SLOTS) keys, in no order.
+    best: (B, L, parts, SLOTS) sort keys, in no order.
     """
     part = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -360,7 +363,7 @@ def search_kernel(
     for first in range(part * span, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         score = tile_scores(q, c_row, m, offs_s, M, S, n_visible, PRECISION)
-        if any_of(tl.max(score, axis=1) > worst_score):  # most tiles of a long text have no better
+        if any_of(tl.max(score, axis=1) > worst_score):  # most tiles of a long text: nothing better
             best = insert(best, pack(score, m[None, :] ^ LOW_31))
             worst_score = unpack_score(tl.min(best, axis=1))
     offs_best = (rows * tl.num_programs(1) + part)[:, None] * SLOTS + slot[None, :]
@@ -392,7 +395,7 @@ def merge_kernel(
 
 
 def dot_precision(q: Tensor, c: Tensor) -> str:
-    """How tensor cores multiply without changing winners."""
+    """The precision of products on tensor cores: so high that winners change in near ties alone."""
     if torch.version.hip:
         return "ieee"  # AMD's have no tf32
     if q.element_size() == c.element_size() == 2:
@@ -403,7 +406,7 @@ def dot_precision(q: Tensor, c: Tensor) -> str:
 def cut_into_parts(programs: int, M: int, block_m: int, slots: int) -> tuple[int, int]:
     """With few queries, as in decoding, the chunks are split among more programs.
 
-    Returns the most parts there can be, whatever M is, and the chunks in each, whole tiles.
+    Returns the largest number of parts for any M, and the chunks in each part, whole tiles.
     """
     max_parts = max(1, min(MIN_PROGRAMS // programs, 2048 // slots))
     max_parts = triton.next_power_of_2(max_parts)
@@ -430,7 +433,7 @@ def search_forward(
     max_parts, span = cut_into_parts(programs, M, block_m, slots)
     parts = max(1, triton.cdiv(M, span))
     best = torch.empty(B, L, parts, slots, dtype=torch.int64, device=q.device)
-    block_width = max_parts * slots  # does not grow with the text, as parts does
+    block_width = max_parts * slots  # unlike parts, it does not grow with the text
     block_rows = max(1, 1024 // block_width)
     with torch.cuda.device_of(q):
         search_kernel[triton.cdiv(L, TILE_Q), parts, B](
@@ -444,7 +447,7 @@ def search_forward(
 
 
 def search_backward(q: Tensor, c: Tensor, index: Tensor, dscore: Tensor) -> tuple[Tensor, Tensor]:
-    """score = q · c[index], so only the chosen chunks have a gradient, and no kernel is needed."""
+    """score = q · c[index], so only the chosen chunks get a gradient, and no kernel is needed."""
     B = len(q)
     if c.shape[1] == 0:
         return torch.zeros_like(q), torch.zeros_like(c)
@@ -536,8 +539,8 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """h[:, t] = a[:, t] * h[:, t-1] + b[:, t], starting from h0 or zero.
 
     a, b: (B, L, D); h0: (B, D); float32, float16 or bfloat16, which may differ. The state is
-    carried in float32. The product of a over a few hundred steps must not overflow float32; it
-    does not where |a| <= 1. Returns h: (B, L, D) in the dtype of b.
+    carried in float32. The product of a over one block (see cut_into_blocks) must not overflow
+    float32; it does not where |a| <= 1. Returns h: (B, L, D) in the dtype of b.
     Raises ValueError for shapes that do not fit together, NotImplementedError for tensors that
     the kernels cannot run on.
     """
@@ -555,15 +558,15 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 def search(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The top_k chunks with the largest dot products, among those that a query may see.
+    """The top_k chunks with the largest dot products, among those visible to each query.
 
     q: (B, L, S), the queries at positions offset, offset + 1, ...; c: (B, M, S), the keys of the
-    chunks; float32, float16 or bfloat16, which may differ. Position p sees the chunks that have
-    ended before it, p // chunk_size of them. c may be the filled part of a longer buffer.
+    chunks; float32, float16 or bfloat16, which may differ. A query at position p sees the chunks
+    that ended before it, p // chunk_size of them. c may be the filled part of a longer buffer.
     Returns score: (B, L, top_k) float32, best first, and index: (B, L, top_k) int64, -inf and -1
-    where no chunk is left. Of equal chunks the earlier wins; a score of NaN counts as +inf.
-    Raises ValueError for arguments that do not fit together, NotImplementedError for tensors that
-    the kernels cannot run on, top_k above 64 and S above 128.
+    where no chunk is left. Of equal scores, the earlier chunk wins; a score of NaN counts as +inf.
+    Raises ValueError for arguments that do not fit together, NotImplementedError for top_k above
+    64, S above 128, or tensors that the kernels cannot run on.
     """
     if top_k < 1 or chunk_size < 1 or offset < 0:
         numbers = f"top_k {top_k}, chunk_size {chunk_size}, offset {offset}"
@@ -598,8 +601,9 @@ def check_supported(*tensors: Tensor) -> None:
 # 6. Does it work on this GPU?
 #
 # Triton may be installed and still not work: no C compiler, a GPU that it does not know. So
-# before their first use on a device the kernels must give what plain PyTorch gives, values and
-# gradients, on an input with several blocks, tiles that are not full, and empty slots.
+# before BACKEND "auto" first uses the kernels with a device and dtype, they must give what plain
+# PyTorch gives, values and gradients, on an input with several blocks (or parts), tiles that are
+# not full, and empty slots.
 
 def can_scan(a: Tensor, b: Tensor) -> bool:
     """True if the tensors are on a GPU, fit the kernels, and the selftest passed there."""
@@ -624,7 +628,7 @@ def works(selftest: Callable, device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def works_once(selftest: Callable, device: torch.device, dtype: torch.dtype) -> bool:
-    """Does the test pass? Asked once for each device and dtype; if not, it warns, and PyTorch runs.
+    """Does the self-test pass? Run once per device and dtype. If not, warn; then PyTorch is used.
 
     It runs in a thread of its own, which has none of the caller's modes: autocast, no_grad,
     inference_mode, checkpoint, torch.func and so on.
@@ -678,7 +682,7 @@ def selftest_search(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def assert_same(got: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> None:
-    """Raise AssertionError, with its name, for a value or gradient that differs."""
+    """Raise an AssertionError that names the value or gradient that differs."""
     weight = expected.detach() / expected.detach().abs().max()
     pairs = {"the result": (got.float(), expected)}
     grads = [torch.autograd.grad((y * weight).sum(), [*inputs.values()]) for y in (got, expected)]

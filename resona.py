@@ -33,14 +33,14 @@ keys: search_q with c chooses chunks, then q with k weighs the tokens in them.
 What is kept, per layer and text: a recurrence keeps D numbers (SSM: D·N), whatever the length. The
 branch keeps 2·D + S/U numbers per token read (and room to grow, up to as much again).
 
-What is computed for the token at position p, besides projections and MLPs, which do not depend on
-p: (p/U)·S multiplications for the search and 2·K·U·D for the attention, where full attention has
-2·p·D. So to read a whole text is still quadratic in its length, at S / (2·D·U) of the cost of full
-attention: 1/16 with the defaults.
+What is computed for the token at position p, besides projections and MLPs, whose cost does not
+depend on p: (p/U)·S multiplications for the search and 2·K·U·D for the attention, where full
+attention needs 2·p·D. So the cost of reading a whole text is still quadratic in its length, but
+S / (2·D·U) of the cost of full attention: 1/16 with the defaults.
 
 How to read this file. The model comes first, from the config down to the two recurrences. If you
 stop there, you have seen the whole method. The operations that it calls follow: scan, search and
-attend. Each has a definition, a loop that is obviously right (naive), and a parallel version, which
+attend. Each is defined by a loop that is obviously right (naive) and has a parallel version, which
 the tests check against the loop. Then come approximate search and a tensor that grows. Triton
 versions of scan and search are in kernels.py.
 """
@@ -85,7 +85,7 @@ class ResonaConfig:
     backbone: str | Callable[[int], nn.Module] = "gated"  # in BACKBONES, or d_model -> module
     retrieval: bool | list[int] | tuple[int, ...] = True  # layers with the branch: all, none, these
     chunk_size: int = 4  # U
-    top_k: int = 4  # K, 2 at least to train the search; a call may ask for another
+    top_k: int = 4  # K, at least 2 to train the search; a call may override it
     d_search: int = 32  # S
     d_conv: int = 4  # W
     d_ff: int = 128  # hidden width of the MLP
@@ -145,7 +145,7 @@ class Resona(nn.Module):
         trace: list[dict[str, Tensor]] | None = None,
     ) -> tuple[Tensor, State]:
         """
-        Logits for the token after each, and the state after all of them.
+        Logits for the token after each of `tokens`, and the state after the last of them.
 
         tokens: (B, L) int64 -> logits: (B, L, vocab_size), or (B, 1, vocab_size) if last_only
 
@@ -158,7 +158,7 @@ class Resona(nn.Module):
 
         top_k replaces config.top_k in this call. If trace is a list, each layer with retrieval
         appends to it what it retrieved (see inspect). Raises ValueError on tokens or a state that
-        do not fit.
+        do not fit (on a GPU, a token outside the vocabulary gives a CUDA error instead).
         """
         self.check_call(tokens, state)
         if state is not None and torch.is_grad_enabled():
@@ -196,9 +196,9 @@ class Resona(nn.Module):
         Continue a text. The prompt is read once, and nothing is computed twice.
 
         tokens: (B, L) int64, which follow what state has read -> (B, at most L + max_new_tokens):
-        the tokens and their continuation. That is the most likely token each time if temperature is
-        0, otherwise a sample from softmax(logits / temperature). A row that has produced the token
-        `stop` is filled up with it; generation ends when every row has.
+        the tokens and their continuation. Each new token is the most likely one if temperature is
+        0, otherwise a sample from softmax(logits / temperature). Once a row has produced the token
+        `stop`, the rest of it is filled with `stop`; generation ends when every row has stopped.
         """
         if type(max_new_tokens) is not int or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
@@ -232,7 +232,7 @@ class Resona(nn.Module):
 
             "index": (B, L, K)  the chunks that a token retrieves, best first, -1 where none is left
             "score": (B, L, K)  their scores, -inf where none is left
-            "share": (B, L, K)  of its attention, the part that each chunk gets, mean over heads
+            "share": (B, L, K)  the part of its attention that each chunk gets, mean over heads
             "alpha": (B, L, 1)  the mixing weight
         """
         trace: list[dict[str, Tensor]] = []
@@ -266,7 +266,7 @@ class Resona(nn.Module):
             raise ValueError(f"{path} cannot be read as a Resona: {error!r:.300}") from error
         model = cls(replace(config, **changes))
         try:
-            # Clones, as tied weights would share their memory, and an optimizer update it twice.
+            # Clones: tied weights would share memory, and an optimizer would update it twice.
             weights = {name: x.clone() for name, x in saved["weights"].items()}
             model.load_state_dict(weights, assign=True)
         except Exception as error:
@@ -349,8 +349,8 @@ class ShortConv(nn.Module):
     """
     A causal depthwise convolution over the last W tokens; weight[-1] belongs to the current one.
 
-    It depends on W tokens, so it tells a place in the text better than one token does. Its state:
-    the last W-1 inputs.
+    Its output depends on W tokens, so it identifies a place in the text better than one token does.
+    Its state: the last W-1 inputs.
     """
 
     def __init__(self, d_model: int, width: int):
@@ -430,7 +430,7 @@ class LayerState:
     conv: Tensor  # (B, W-1, D) the last inputs of the convolution
     recurrent: Any  # whatever the backbone returns, see map_tensors
     memory: Memory | None  # None in a layer without retrieval
-    batch_dim: int  # the dimension of the tensors in recurrent that is the batch
+    batch_dim: int  # the batch dimension of the tensors in recurrent
 
     def select(self, rows: Tensor) -> LayerState:
         def first(x: Tensor) -> Tensor:
@@ -483,17 +483,17 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 @dataclass(frozen=True)
 class Memory:
     """
-    What a branch has read: M finished chunks, and the n < U tokens whose chunk is not finished yet.
+    What a branch has read: M finished chunks, and n < U waiting tokens, whose chunk is unfinished.
 
-    GrowingRows are a tensor, in .tensor, that append extends along dimension 1. Why u has one row
-    more than z is drawn in Retrieval.remember.
+    A GrowingRows holds a tensor, in .tensor; append returns it extended along dimension 1. The
+    drawing in Retrieval.remember shows why u holds one token more than z.
     """
 
     c: GrowingRows  # (B, M, S) search keys, one per chunk
     k: GrowingRows  # (B, M, U, H, E) token keys
     v: GrowingRows  # (B, M, U, H, E) token values
-    u: Tensor  # (B, 1+n, D) features of the waiting tokens, and of the one before them
-    z: Tensor  # (B, n, D) layer inputs of the waiting tokens
+    u: Tensor  # (B, 1+n, D) short features of the waiting tokens, and of the one before them
+    z: Tensor  # (B, n, D) normed layer inputs of the waiting tokens
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Memory:
         """The same memory with function applied to every tensor."""
@@ -505,7 +505,7 @@ class Memory:
 
 class Retrieval(nn.Module):
     """
-    The branch. It can be put around any recurrence, inside Resona or without it.
+    The retrieval branch. It can be put around any recurrence, inside Resona or without it.
 
         output, memory = retrieval(z, u, y, memory=None)
 
@@ -515,16 +515,16 @@ class Retrieval(nn.Module):
     output: (B, L, D) = (1-α)·y + α·r
     memory: what it has read, to continue from; it is never modified
 
-    A token at position p may retrieve chunk m if that ended before p: (m+1)·U <= p. It attends to
-    the tokens of the K visible chunks that score best, and the attention weight of a token is
-    multiplied by the softmax of its chunk's score over the K: that is how the loss trains the
+    Chunk m is visible to the token at position p if it ended before p: (m+1)·U <= p. A token
+    attends to the tokens of the K visible chunks that score best. Each of their attention weights
+    is multiplied by the softmax of its chunk's score over the K: that is how the loss trains the
     search (see also search_loss). α = sigmoid(linear(y, u) + trust·s) is one number per token, with
-    s the score of the best chunk and trust a learned number, so that α can tell whether anything
-    like what was looked for has been found. It is 0 where no chunk is visible. The current token,
-    and those of chunks that are not visible yet, count only through u and y.
+    s the score of the best chunk and trust a learned number, so that α can depend on how well the
+    best chunk fits. α is 0 where no chunk is visible. The current token, and the tokens of chunks
+    that are not visible yet, count only through u and y.
 
-    zero_init: multiply α by a learned gate that starts at zero, so that a trained model into which
-    the branch is put is unchanged at first. (α may then leave 0..1.)
+    zero_init: multiply α by a learned gate that starts at zero, so that adding the branch to a
+    trained model leaves it unchanged at first. (α may then leave 0..1.)
     """
 
     def __init__(
@@ -545,7 +545,7 @@ class Retrieval(nn.Module):
         # search
         self.search_q_proj = nn.Linear(2 * d_model, d_search, bias=False)
         self.chunk_encoder = ChunkEncoder(d_model, chunk_size, d_search)
-        # The scale of the scores, an inverse temperature, learned as its logarithm as in CLIP.
+        # The scale of the scores, an inverse temperature. Its logarithm is learned, as in CLIP.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
         # attend
         self.q_proj = nn.Linear(2 * d_model, d_model, bias=False)
@@ -575,8 +575,8 @@ class Retrieval(nn.Module):
         L = z.shape[1]
         yu = torch.cat([y, u], dim=-1)  # (B, L, 2D)
 
-        # 1. remember first: a late token of this call may have to find a chunk that an earlier one
-        #    has finished. The search goes by position, so no token sees too much.
+        # 1. remember first: a late token of this call may need a chunk that an earlier token of it
+        #    finished. The search goes by position: a token sees only chunks that ended before it.
         memory = self.remember(z, u, memory)
         M = memory.c.tensor.shape[1]
         offset = M * self.chunk_size + memory.z.shape[1] - L  # position of the first token here
@@ -591,7 +591,7 @@ class Retrieval(nn.Module):
         q = self.q_proj(yu).unflatten(-1, (self.n_head, -1))  # (B, L, H, E)
         o = attend(q, memory.k.tensor, memory.v.tensor, score, index)  # (B, L, H, E)
         r = self.o_proj(o.flatten(2))  # (B, L, D)
-        if M == 0:  # gradients of zero instead of none, for which DistributedDataParallel waits
+        if M == 0:  # zero gradients, not missing ones: DistributedDataParallel waits for them all
             unused = (search_q, q, memory.c.tensor, memory.k.tensor, memory.v.tensor)
             r = r + 0 * sum(x.sum() for x in unused)
 
@@ -622,10 +622,10 @@ class Retrieval(nn.Module):
 
     def remember(self, z: Tensor, u: Tensor, memory: Memory | None) -> Memory:
         """
-        Append L tokens. Every U of them, counted from the start of the text, make a chunk.
+        Append the L tokens of this call. Every U tokens, from the start of the text, make a chunk.
 
-        The key of a token is made from what came before it, so that a key like the present points
-        to what came next. With U = 2, after the five tokens $ 7 3 9 | (digits between two marks):
+        The key of a token is made from what came before it, so that a key similar to the present
+        points to what came next. With U = 2, after the tokens $ 7 3 9 | (digits between two marks):
 
             chunk        0           1        waiting
             token j      $     7     3     9     |
@@ -665,10 +665,10 @@ class Retrieval(nn.Module):
         u: (B, 1+M·U, D), z: (B, M·U, D) -> c: (B, M, S), k, v: (B, M, U, H, E) of M chunks.
 
         Token keys are shifted by one: the key of token j is made from u[j-1], its value from z[j].
-        The query of a token at position t contains u[t]. If that is like u[j-1], then token j
-        followed on something like the present, and its value tells what may follow now: "what came
-        next the last time?" is a single look-up (in a Transformer, an induction head). There are no
-        positions; u tells tokens apart by the few before them.
+        The query of the token at position t is made from y[t] and u[t]. If u[t] is like u[j-1],
+        then token j followed something like the present, and its value tells what may follow now:
+        "what came next the last time?" is a single look-up (in a Transformer, an induction head).
+        Positions are not encoded; u tells tokens apart by the few tokens before them.
         """
         B, n, D = z.shape
         shape = (B, n // self.chunk_size, self.chunk_size, self.n_head, D // self.n_head)
@@ -688,15 +688,15 @@ class ChunkEncoder(nn.Module):
     """
     One search key per chunk: proj(Σ_j u[j-1]) + mlp(u before and in the chunk), of unit length.
 
-    In the sum one matrix serves every place in the chunk, so it is learned early; the MLP adds what
-    depends on the order, and sees the last token's u as well.
+    In the sum, one matrix serves every place in the chunk, so it is learned early. The MLP adds
+    what depends on the order, and sees the last token's u as well.
 
-    Keys are made from u alone, not from this layer's y. y holds all that was read so far, so the
-    same tokens would get a different key at every position, and on texts longer than those of
-    training keys would drift away from all that the search has learned. (Above the first layer this
-    holds in part: there u contains the y of the layers below.) Queries are made from y as well, for
-    what the last few tokens do not tell. If a query drifts, it is at least compared with keys that
-    do not.
+    Keys are made from u alone, not from this layer's y. y depends on all that was read so far, so
+    with y the same tokens would get a different key at every position, and in texts longer than the
+    training texts keys would drift away from what the search has learned. (Above the first layer,
+    keys escape this only in part: u contains the y of the layers below.) Queries are made from y as
+    well, for what the last few tokens do not tell. If a query drifts, it is at least compared with
+    keys that do not.
     """
 
     def __init__(self, d_model: int, chunk_size: int, d_search: int):
@@ -724,19 +724,19 @@ class ChunkEncoder(nn.Module):
 #
 #     output, state = module(input, state=None)        input, output: (B, L, D)
 #
-# module(x1), then module(x2, state), must give what module gives for both at once, and must not
-# modify the state it is given. A state consists of tensors in tuples, lists and dicts, with the
-# batch first (nn.GRU, whose states have it second, is known), or it is an object with a method map
-# (see map_tensors). The residual connection is the layer's. To be saved, a model needs a backbone
-# with a name in BACKBONES.
+# module(x1), then module(x2, state), must give what module gives for both at once. The module must
+# not modify the state it is given. A state consists of tensors in tuples, lists and dicts, with the
+# batch first (nn.GRU and its relatives, which have it second, work as well), or it is an object
+# with a method map (see map_tensors). Layer adds the residual connection. A model can be saved only
+# if its backbone has a name in BACKBONES.
 
 
 class GatedRecurrence(nn.Module):
     """
     h[t] = a[t]·h[t-1] + (1-a[t])·new[t]    and y[t] = out_proj(h[t]·silu(gate[t]))
 
-    with a = sigmoid(linear(u)), and new and gate linear in u. Every channel is a moving average;
-    how fast it forgets is decided by the token.
+    with a = sigmoid(linear(u)), and new and gate linear in u. Every channel is a moving average,
+    and each token decides how fast it forgets.
     """
 
     def __init__(self, d_model: int):
@@ -759,7 +759,7 @@ class SelectiveSSM(nn.Module):
     The selective state-space layer of Mamba (arXiv 2312.00752), with its letters.
 
     A state space is a differential equation. Here every channel, with its input u, has N of them,
-    each with numbers A, B and C of its own:
+    each with its own A. (The N numbers B, and the N numbers C, are shared by all channels.)
 
         h'(t) = A·h(t) + B·u(t)        y(t) = Σ C·h(t) + D·u(t)        A < 0, so that h decays
 
@@ -772,8 +772,8 @@ class SelectiveSSM(nn.Module):
     over D·N channels. Selective means that Δ, B and C are computed from the token: with a large Δ
     the layer forgets and writes, with a small one it skips the token.
 
-    Mamba's block has besides: twice as many inner channels, a Δ of low rank, and a convolution,
-    which our Layer has.
+    Mamba's block also has twice as many inner channels, a Δ of low rank, and a convolution, which
+    here is part of Layer.
     """
 
     def __init__(self, d_model: int, d_state: int = 16):
@@ -805,7 +805,7 @@ class SelectiveSSM(nn.Module):
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "ssm": SelectiveSSM}
 
 
-# This is the whole method. What follows are the three operations that it calls.
+# That was the whole method. The three operations that it calls follow.
 
 
 def opaque(shape_of_result: Callable[..., Any]) -> Callable[[Function], Function]:
@@ -814,7 +814,7 @@ def opaque(shape_of_result: Callable[..., Any]) -> Callable[[Function], Function
     unroll its loops. Not needed to understand them.
 
     shape_of_result takes the same arguments and returns empty tensors of the result's shapes. The
-    function has no gradient of its own; the autograd functions that call it have.
+    function itself has no gradient; where one is needed, an autograd function that calls it has.
     """
 
     def decorate(function: Function) -> Function:
@@ -833,9 +833,10 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """
     h[:, t] = a[:, t]·h[:, t-1] + b[:, t], each channel by itself. The final state is h[:, -1].
 
-    a, b: (B, L, D), L >= 1, |a| <= 1 (else products of a may overflow to NaN); h0: (B, D) or zero
-    -> h: (B, L, D) in the dtype of b, carried in float32 at least within a call. Raises ValueError
-    on shapes that do not fit.
+    a, b: (B, L, D), L >= 1, |a| <= 1 (otherwise products of a may overflow and give NaN)
+    h0: (B, D), or None for zero
+    -> h: (B, L, D) in the dtype of b; within a call it is carried in at least float32. Raises
+    ValueError on shapes that do not fit.
     """
     check_backend()
     if BACKEND == "naive":
@@ -876,9 +877,9 @@ def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
 
     4. The steps left over, fewer than √L, one by one.
 
-    A parallel scan by doubling has only log L levels, but each passes through all the memory again,
-    which is what takes the time on a CPU; this one reads a and b twice. (There is also the form
-    h = P·cumsum(b/P) with P = cumprod(a), but P soon underflows.)
+    A parallel scan by doubling has only log L levels, but each goes through all of the data again,
+    which is what takes the time on a CPU; this one reads a and b only twice. (There is also the
+    form h = P·cumsum(b/P) with P = cumprod(a), but P soon underflows.)
     """
     check_scan(a, b, h0)
     dtype = b.dtype
@@ -1018,15 +1019,15 @@ def search(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """
-    Of the chunks that a query may see, the top_k with the largest dot products of key and query.
+    Of the chunks visible to a query, the top_k whose keys have the largest dot products with it.
 
     q: (B, L, S) queries of the tokens at positions offset..offset+L-1, c: (B, M, S) keys, M >= 0
-    -> score: (B, L, top_k), best first, in float32 at least, index: (B, L, top_k) int64; -inf and
-    -1 where no chunk is left. Raises ValueError on sizes that do not fit.
+    -> score: (B, L, top_k), best first, in at least float32, and index: (B, L, top_k) int64; where
+    no chunk is left, -inf and -1. Raises ValueError on sizes that do not fit.
 
-    A query at position p may see chunk m if the chunk ended before p: (m+1)·U <= p. To show the
-    chunk that ends with token p would still be causal. We hide it by convention; in copying we saw
-    no difference in accuracy.
+    Chunk m is visible to the query at position p if the chunk ended before p: (m+1)·U <= p. Showing
+    the chunk that ends with token p would still be causal. We hide it by convention; in copying we
+    saw no difference in accuracy.
 
     Among chunks with equal scores the choice is free. Chunks with equal keys are normally chunks of
     the same tokens, and it makes no difference which one is attended to. (With weights that give
@@ -1065,10 +1066,11 @@ def search_parallel(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """
-    The same for a block of queries at a time, so that at most some 4 million scores exist at once.
+    The same for a block of queries at a time, so that at most about 4 million scores exist at once.
 
-    Which chunks win has no gradient. It is found first; then the scores of the winners alone are
-    computed again for the graph. So the memory of a training step grows with L·K, not with L·M.
+    The choice of chunks has no gradient. It is made first, without a graph; then only the scores of
+    the chosen chunks are computed again, with one. So the memory of a training step grows with L·K,
+    not with L·M.
     """
     check_search(q, c, top_k, chunk_size, offset)
     q, c = at_least_float32(q), at_least_float32(c)
@@ -1136,8 +1138,9 @@ def top_k_by_groups(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     x.topk(k) of x: (..., n), several times as fast on a CPU where n is much larger than k.
 
     Put the entries into groups of 4, and choose the k groups with the largest maxima, by the same
-    method. An entry outside of them is at most as large as these k maxima, so it can be left out.
-    Then choose the k best of the 4·k members. (The limits below were found by trial.)
+    method. An entry of any other group is at most as large as these k maxima, so it can be left
+    out. Then choose the k best of the 4·k members and the last n % 4 entries, which are in no
+    group. (The limits below were found by trial.)
     """
     n = x.shape[-1]
     if n <= 8 * k or x.numel() <= 2**14:
@@ -1158,7 +1161,7 @@ def gather_scores(q: Tensor, c: Tensor, index: Tensor) -> Tensor:
     """
     q: (B, L, S), c: (B, M, S), index: (B, L, K) -> q[t]·c[index[t, i]], -inf where the index is -1.
 
-    Computed as the logits of attend_parallel are, with one head and one token per chunk.
+    Computed like the logits of attend_parallel, with one head and one token per chunk.
     """
     chunk = number_across_batch(index.clamp(min=0), c.shape[1])  # (B·L, K)
     one_head = q.flatten(0, 1).unsqueeze(1)  # (B·L, 1, S)
@@ -1195,9 +1198,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Ten
     The second term is the log of the probability that the search gives to the chunk of j, among the
     K: the weights are proportional to exp(q·k_j / √E) times that probability. Through it the loss
     says "more of this chunk, less of that one", which trains the search. A chunk that is not
-    retrieved gets no gradient; and with K = 1 no score does, as the probability is 1 whatever it
-    is. (Adding s itself would give the same w, as softmax does not see a constant. But
-    log softmax(s) is near 0 for the chunks that count, where 16 bits are the finest.)
+    retrieved gets no gradient; and with K = 1 no score gets one here, as the probability is then
+    always 1. (Adding s itself would give the same w, as softmax ignores a constant. But
+    log softmax(s) is near 0 for the chunks that count, where 16-bit numbers are finest.)
 
     q: (B, L, H, E), k, v: (B, M, U, H, E), score, index: (B, L, K) as search returns them
     -> o: (B, L, H, E), exactly zero where no chunk was found.
@@ -1275,8 +1278,8 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
         sum_retrieved    Σ_j w·k  is like q       of weights and values (in the place of k): o
         sum_retrievers   Σ_t w·q  is like k       over the queries that retrieved a token
 
-    All three are derivatives of the one number Σ w·q·k, by w, q and k. So the derivatives of each
-    are the two others, and nothing else is needed for training.
+    All three are derivatives of the single number Σ w·q·k, with respect to w, q and k. So the
+    derivatives of each are the other two, and training needs nothing else.
     """
     if k.shape[1] == 0:
         return torch.zeros_like(q)
@@ -1293,7 +1296,7 @@ def attention_weights(
     """
     Weights of the K·U retrieved tokens: (T, H, K·U), and the chunks they belong to: (T, K).
 
-    All texts of the batch are one here, with T = B·L queries and B·M chunks.
+    The texts of the batch are joined into one here, with T = B·L queries and B·M chunks.
     """
     M, U, _, E = k.shape[1:]
     log_p, _ = log_probability(score, index)
@@ -1310,7 +1313,7 @@ def attention_shares(q: Tensor, k: Tensor, score: Tensor, index: Tensor) -> Tens
     """
     The share of the attention that each retrieved chunk got, mean over heads: (B, L, K).
 
-    The arguments are those of attend. Shares of a token sum to 1, or are 0 where nothing was found.
+    The arguments are those of attend. A token's shares sum to 1, or are 0 if nothing was found.
     """
     B, L, K = index.shape
     if k.shape[1] == 0:
@@ -1322,21 +1325,22 @@ def attention_shares(q: Tensor, k: Tensor, score: Tensor, index: Tensor) -> Tens
 
 def search_loss(trace: list[dict[str, Tensor]]) -> Tensor:
     """
-    How badly the searches foresee the attention. In training it is added to the task's loss:
+    How badly the search predicts the attention. In training, add it to the task's loss:
 
         trace = []
         logits, _ = model(tokens, trace=trace)
         loss = F.cross_entropy(...) + weight * search_loss(trace)
 
     -> a number: Σ -share·log softmax(score) over the K chunks of a token, mean over all tokens, sum
-    over layers. The gradient goes through the scores alone; shares are taken as they are.
+    over layers. The gradient goes through the scores alone; the shares count as constants.
 
-    Why the task's loss is not enough: it needs the right chunk among the K, but not as the first of
-    them, since attention can tell it from the others by itself. So nothing keeps that chunk from
-    sliding down in the search, until K others are before it; and what is not retrieved gets no
-    gradient that could lift it up again. Here the search learns from attention which chunk counts,
-    and puts it first. The weight should grow from zero (in train_toy.py, to 0.1), as at first
-    attention has nothing to teach. (DeepSeek-V3.2, arXiv 2512.02556, trains its indexer so, too.)
+    Why the task's loss is not enough: it needs the right chunk among the K, but not in first place,
+    since attention by itself can tell it from the others. So nothing keeps that chunk from sliding
+    down in the ranking until K others are ahead of it; and a chunk that is not retrieved gets no
+    gradient that could lift it up again. With this loss, the search learns from attention which
+    chunk counts, and puts it first. The weight should grow from zero (in train_toy.py, to 0.1), as
+    at first attention has nothing to teach. (DeepSeek-V3.2, arXiv 2512.02556, trains its indexer
+    this way, too.)
     """
     total = torch.zeros(())
     for searched in trace:
@@ -1355,7 +1359,7 @@ def log_probability(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 def number_across_batch(index: Tensor, M: int) -> Tensor:
     """
-    Chunk numbers in each text -> numbers in a table of the chunks of all texts, one after another.
+    Chunk numbers within each text -> row numbers in one table of all chunks, text after text.
 
         text 0   0 1 … M-1     ->     0    1 … M-1
         text 1   0 1 … M-1     ->     M  M+1 … 2M-1        (B, L, K) -> (T, K)
@@ -1431,9 +1435,9 @@ def dot_retrieved(q: Tensor, k: Tensor, chunk: Tensor) -> Tensor:
     Σ_e q[t,h,e]·k[token j of t,h,e].  q: (T, H, E), k: (chunks, U, H, E), chunk: (T, K)
     -> (T, H, K·U).
 
-    Keys are gathered for as many queries as fit into a processor's cache. They stay in the layout
-    (tokens, H·E); a query is spread to a matrix with a row for each head, zero outside the head's
-    own channels. That does H times the multiplications, but saves a transposition of the keys.
+    Keys are gathered for as many queries at a time as fit into a processor's cache. They stay in
+    the layout (tokens, H·E); a query is spread into a matrix with one row per head, zero outside
+    that head's own channels. That takes H times the multiplications, but no transposition of keys.
     """
     T, H, E = q.shape
     U = k.shape[1]
@@ -1460,8 +1464,8 @@ def sum_retrieved(w: Tensor, v: Tensor, chunk: Tensor) -> Tensor:
     Σ_j w[t,h,j]·v[token j of t,h,e].  w: (T, H, K·U), v: (chunks, U, H, E), chunk: (T, K)
     -> (T, H, E).
 
-    embedding_bag sums rows of a table with weights, without a copy of them. The table is v with a
-    row of E numbers for each token and head: head h of token i of chunk m is row (m·U + i)·H + h.
+    embedding_bag computes weighted sums of rows of a table without copying the rows. The table is
+    v, one row of E numbers per token and head: head h of token i of chunk m is row (m·U + i)·H + h.
     """
     T, H, n_tokens = w.shape
     U, E = v.shape[1], v.shape[3]
@@ -1523,7 +1527,7 @@ def sum_retrievers(w: Tensor, q: Tensor, chunk: Tensor, n_chunks: int) -> Tensor
 # compared with one vector per list, and then only with the chunks in the lists that fit it best.
 
 SAMPLE = 16  # the lists are made from the first SAMPLE·nlist chunks
-OUTLIERS = 1024  # one in so many of these is less similar than the threshold for outliers
+OUTLIERS = 1024  # one in this many of these chunks is below the threshold: an outlier
 
 
 @dataclass(frozen=True)
@@ -1557,11 +1561,11 @@ class IVFRetrieval(Retrieval):
     is finished, and stays there. So the lists that a query uses depend only on chunks that it may
     see: causality and the state law hold.
 
-    A chunk unlike every centroid joins a list that says little about it, and a query that wants it
-    would probably not probe that list. Rare content is often what is looked up. So such outliers
-    have a list of their own, which every query searches.
+    A chunk unlike every centroid would join a list that says little about it, and a query that
+    wants it would probably not probe that list. Yet rare content is often what is looked up. So
+    such outliers have a list of their own, which every query searches.
 
-    The cost: nlist products, then those of the chunks probed, and a look at the list number of
+    The cost: nlist dot products, one more for each chunk probed, and a look at the list number of
     every chunk. It is made for CPUs: a GPU would have to wait at every list. It needs float64,
     which Apple's MPS lacks.
     """
@@ -1637,8 +1641,8 @@ def nearest(x: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """
     x: (B, L, S), centroids: (B, nlist, S) -> similarity and list of the n most similar: (B, L, n).
 
-    In float64, so that equal keys join the same list in whatever call they come: a product in
-    float32 rounds differently with the number of vectors that are multiplied at once.
+    In float64, so that equal keys join the same list in whichever call they come: how a product in
+    float32 is rounded depends on how many vectors are multiplied at once.
     """
     return (x.double() @ centroids.double().mT).float().topk(n)
 
@@ -1726,9 +1730,9 @@ def probe_lists(
 
 class GrowingRows:
     """
-    A tensor (B, n, ...) that grows along n as a list does, without copying what is there.
+    A tensor (B, n, ...) that grows along n as a list does, mostly without copying what is there.
 
-    Token by token, torch.cat would copy all of a long text each time. Here the rows are the start
+    In decoding, torch.cat would copy the whole text at every token. Here the rows are the start
     of a buffer with room behind them. append writes into the room and returns new GrowingRows on
     the same buffer; these rows do not change. They hand their buffer on to their first append, if
     it is long enough. Any other append copies into a new buffer, twice as long as needed.
@@ -1763,8 +1767,8 @@ class GrowingRows:
         if buffer is None or buffer.shape[1] < end:
             buffer = old.new_empty(old.shape[0], 2 * end, *old.shape[2:])
             buffer[:, :n] = old
-        # An earlier graph may have saved the rows before these, and autograd would object to any
-        # change of their buffer. Through .data it does not see this one.
+        # An earlier graph may have saved the old rows, and autograd would object to any change of
+        # their buffer. It does not notice a write through .data, which leaves those rows alone.
         buffer.data[:, n:end] = new
         return GrowingRows(buffer[:, :end], buffer)
 

@@ -1,14 +1,15 @@
 """Train a recurrence, the same recurrence with retrieval, and a Transformer to copy strings.
 
     python train_toy.py                                    # all three: 1.5 minutes on two cores
-    python train_toy.py --task bilingual                   # a task for both halves of Resona
+    python train_toy.py --task bilingual                   # a task that needs both halves of Resona
     python train_toy.py --resume                           # continue after Ctrl-C or a crash
     torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes
 
-At the end stand a table of accuracies and one string written out by each model. Files in --out:
+It ends with a table of accuracies and, in copying, one string written out by each model. Files in
+--out:
 
     results.json      accuracies, training times, parameter counts
-    copy.png          accuracy by length (needs matplotlib)
+    <task>.png        accuracy by length (needs matplotlib)
     <model>.pt        trained weights, for Resona.load (for the Transformer, import this file first)
     <model>.train.pt  the state of the training, for --resume
 
@@ -41,7 +42,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from resona import BACKBONES, GrowingRows, Resona, ResonaConfig, search_loss
 
 # ==================================================================================================
-# Hyper-parameters. The size of the models is ResonaConfig's default; see resona.py.
+# Hyper-parameters. Resona's sizes are ResonaConfig's defaults, except for COPY_CONFIG and
+# BILINGUAL_CONFIG below; make_model gives the other models the same number of parameters.
 
 MODELS = ("recurrence", "resona", "transformer")
 
@@ -51,8 +53,8 @@ ROW = 220  # tokens per row of copying
 WARMUP = 19  # steps of linear warm-up to the peak learning rate; then linear decay to zero
 BETAS = (0.9, 0.99)  # AdamW
 DECAY = 0.01  # weight decay, so small that all parameters have it
-CLIP = 1.0  # longest gradient
-TRAIN_TOP_K = 8  # chunks retrieved per token in training; ResonaConfig's top_k is for all else
+CLIP = 1.0  # largest norm of the gradient
+TRAIN_TOP_K = 8  # chunks retrieved per token in training; after it, ResonaConfig's top_k
 SEARCH_LOSS = 0.1  # weight of resona.search_loss at the end of the training; zero at the start
 SAVE_EVERY = 100  # steps between saves for --resume
 
@@ -117,7 +119,7 @@ class Task(Protocol):
 class Copying:
     """Copy strings of random letters (Jelassi et al., arXiv 2402.01032).
 
-    Training strings have 4 to 32 letters, test strings up to 16 times as many.
+    Training strings have 4 to 32 letters, test strings up to 512.
     """
 
     vocab_size = len(ALPHABET)
@@ -133,7 +135,7 @@ class Copying:
         return packed(rng, copy_string, shortest, longest)
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
-        """One string per row: 128 strings, or fewer, at least 16, if they are longer than 32."""
+        """One string per row: 128 rows; for strings above 32 letters fewer, but at least 16."""
         n_rows = min(128, max(16, 4096 // length))
         strings = [copy_string(rng, length) for _ in range(n_rows)]
         tokens = [string[0] for string in strings]
@@ -162,8 +164,8 @@ def packed(
 ) -> Rows:
     """A batch of rows, each filled with strings of random lengths -> inputs, targets: (BATCH, row)
 
-    Rows with several strings train the search better than rows with one. The last string of a row
-    is cut off, and then it is not scored:
+    Rows with several strings train the search better than rows with one. If the last string of a
+    row does not fit, it is cut off and not scored:
 
     inputs   $ c a t | c a t . $ o w l s | o
     targets  - - - - c a t . - - - - - - - -    the next token, - where nothing is scored
@@ -221,7 +223,7 @@ class Bilingual:
                                                        -: nothing is scored
 
     A state of fixed size can carry the language but not the dictionary. Retrieval finds the word,
-    but not which of two signs, each seen many times, came last. Answers are never shown.
+    but not which of two signs, each seen many times, came last. Answers are never in the input.
     """
 
     vocab_size = 66
@@ -363,9 +365,9 @@ def make_model(
     """A new model: "resona", "recurrence" (Resona without retrieval), or the name of a backbone.
 
     All have the same depth, the same short convolution and, within 1 %, the same number of
-    parameters. What Resona spends on retrieval the others spend on width, and so on a larger state:
-    they get the largest d_model that leaves room for an MLP of 1.5 times that width, and the d_ff
-    that makes the sizes equal.
+    parameters. What Resona spends on retrieval, the others spend on width, which also gives them a
+    larger state: they get the largest multiple of 8 as d_model that leaves room for an MLP of 1.5
+    times that width, and the d_ff that makes the sizes equal.
     """
 
     def build(**fields: Any) -> Resona:
@@ -412,7 +414,7 @@ def search_weight(step: int, steps: int) -> float:
 def train(name: str, model: Resona, task: Task, args: argparse.Namespace) -> float:
     """Train a model and save it to <out>/<name>.pt -> seconds of training.
 
-    Every model of a seed sees the same batches. With args.resume, continues from the last save.
+    With one seed, all models see the same batches. With args.resume, continues from the last save.
     """
     optimizer = make_optimizer(model, args.device)
     rng = np.random.default_rng([args.seed, 0])
@@ -487,10 +489,10 @@ def train_step(
 ) -> tuple[float, float]:
     """One update -> loss and accuracy before it, over the scored tokens of the whole batch.
 
-    inputs, targets: (rows, length), of which each process takes its share. search_weight: of
-    resona.search_loss, which the update takes into account; the loss returned is without it.
-    top_k: chunks retrieved per token, if not as many as in the model's config. If the loss or its
-    gradient is not finite, the weights stay as they are and the loss returned is not finite.
+    inputs, targets: (rows, length), of which each process takes its share. search_weight: weight of
+    resona.search_loss in the update; the loss returned does not include it. top_k: chunks retrieved
+    per token, by default as in the model's config. If the loss or its gradient is not finite, the
+    weights stay as they are and the loss returned is not finite.
     """
     optimizer.param_groups[0]["lr"] = lr
     n_rows = len(inputs)
@@ -536,7 +538,7 @@ def train_step(
 def all_reduce_gradients(model: nn.Module) -> None:
     """Sum every gradient over the processes.
 
-    A parameter that one process did not use has no gradient there. It takes part with zeros, for
+    A parameter that one process did not use has no gradient there. That process sends zeros;
     otherwise the others would wait for it forever.
     """
     for parameter in model.parameters():
@@ -550,10 +552,10 @@ def all_reduce_gradients(model: nn.Module) -> None:
 
 
 def write(path: Path, save: Callable[[Any], Any]) -> None:
-    """Let `save` write to a buffer and the buffer to `path`, which is whole whenever we are killed.
+    """Let `save` write to a buffer and that to `path`, which stays whole even if we are killed.
 
     A new file beside it is flushed to the disk, then renamed. The buffer is there because on a full
-    disk torch.save fails less clearly than write does. Of several processes the first one writes.
+    disk torch.save fails less clearly than write does. Only the first of several processes writes.
     """
     if RANK > 0:
         return
@@ -615,8 +617,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Teacher-forced accuracy: each prediction is made from the true tokens before it.
 
-    "token_accuracy": share of the scored tokens that were predicted; "sequence_accuracy": share of
-    the rows with every scored token right.
+    "token_accuracy": share of the scored tokens that were predicted correctly;
+    "sequence_accuracy": share of the rows with every scored token right.
     """
     inputs, targets = to_device(rows, device)
     rows_at_once = max(1, 16384 // inputs.shape[1])
@@ -682,7 +684,7 @@ def draw_tests(task: Task, seed: int) -> dict[str, Rows]:
 
 
 def say(*lines: str) -> None:
-    """Print lines; of several processes the first one speaks."""
+    """Print lines; only the first of several processes does."""
     if RANK == 0:
         print(*lines, sep="\n", flush=True)
 
@@ -719,7 +721,7 @@ def draw(path: Path, report: dict[str, Any], task: Task) -> str:
 
 
 # ==================================================================================================
-# A string that none has seen, written out
+# A string that no model has seen, written out
 
 
 def sample_heading(string: np.ndarray) -> list[str]:
@@ -764,8 +766,8 @@ def mark_wrong(written: list[int], answer: list[int]) -> str:
 def retrieval_lines(model: Resona, text: Tensor, n: int) -> list[str]:
     """The chunk that Resona retrieved to write each of the last n tokens of text: (1, length).
 
-    One column per token: from top to bottom the tokens of the chunk, and among them the written one
-    as a capital. With chunks of 2, and "cat." written after "$cat|":
+    One column per token: from top to bottom the tokens of the chunk, with the token that was
+    written as a capital. With chunks of 2, and "cat." written after "$cat|":
 
     resona         cat.
       retrieved    $Aa|    the c is the second token of the chunk $c, the a the first one of at
@@ -809,7 +811,7 @@ TASKS: dict[str, Callable[[], Any]] = {"copy": Copying, "bilingual": Bilingual}
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a mistake in one line; of several processes on a machine the first one says it."""
+    """Reports a mistake in one line; only the first of several processes on a machine does."""
 
     def error(self, message: str) -> Any:
         line = " ".join(message.split())
@@ -902,7 +904,8 @@ def join_processes(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> None:
     """Run with these flags.
 
-    A mistake ends in one line and exit status 2; Ctrl-C in the command that continues, and 130.
+    A mistake prints one line and exits with status 2; Ctrl-C prints the command that continues the
+    run and exits with 130.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -922,7 +925,7 @@ def main(argv: list[str]) -> None:
 
 
 def continue_with(argv: list[str], resumed: bool) -> str | None:
-    """The command that goes on with a stopped run."""
+    """The command that continues a stopped run."""
     if RANK > 0:
         return None
     command = "python"
@@ -933,7 +936,7 @@ def continue_with(argv: list[str], resumed: bool) -> str | None:
 
 
 def stop(number: int, frame: Any) -> None:
-    """What Ctrl-C does: the first one stops the program, further ones do not disturb it."""
+    """What Ctrl-C does: the first one stops the program, further ones are ignored."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
