@@ -68,7 +68,7 @@ SAMPLE = 40  # letters of the string that is written out at the end
 
 # bilingual
 BILINGUAL_STEPS = 800
-BILINGUAL_LR = {"recurrence": 2e-3, "resona": 6e-3, "transformer": 6e-3}  # at the peak
+BILINGUAL_LR = {"recurrence": 1e-2, "resona": 3e-3, "transformer": 3e-3}  # at the peak
 BILINGUAL_CONFIG = {"chunk_size": 2}
 BILINGUAL_ENTRIES = (4, 16)  # smallest and largest dictionary of the training
 BILINGUAL_TESTS = [16, 32]  # entries per dictionary
