@@ -23,8 +23,8 @@ Letters. The paper's k, U and α are our K, U and α; the other letters are ours
     N  states per channel (SSM)  W  width of the convolution     T  queries of all texts, B·L
 
     z  normed layer input        c  search keys, one per chunk   q  queries
-    u  short features: z mixed   k  token keys                   o  output of the attention
-       with the W-1 before it    v  token values                 r  o after o_proj
+    u  short features: z mixed   k  attention keys, per token    o  output of the attention
+       with the W-1 before it    v  values, per token            r  o after o_proj
     y  output of the recurrence                                  α  mixing weight, one per token
 
 (In SelectiveSSM the letters A, B, C, D and Δ are Mamba's.) There are two levels of queries and
@@ -490,8 +490,8 @@ class Memory:
     """
 
     c: GrowingRows  # (B, M, S) search keys, one per chunk
-    k: GrowingRows  # (B, M, U, H, E) token keys
-    v: GrowingRows  # (B, M, U, H, E) token values
+    k: GrowingRows  # (B, M, U, H, E) attention keys, one per token
+    v: GrowingRows  # (B, M, U, H, E) values, one per token
     u: Tensor  # (B, 1+n, D) short features of the waiting tokens, and of the one before them
     z: Tensor  # (B, n, D) normed layer inputs of the waiting tokens
 
@@ -509,7 +509,7 @@ class Retrieval(nn.Module):
 
         output, memory = retrieval(z, u, y, memory=None)
 
-    z: (B, L, D) normed layer input       -> token values
+    z: (B, L, D) normed layer input       -> values
     u: (B, L, D) short features of z      -> keys, and queries
     y: (B, L, D) output of the recurrence -> queries
     output: (B, L, D) = (1-α)·y + α·r
@@ -664,7 +664,7 @@ class Retrieval(nn.Module):
         """
         u: (B, 1+M·U, D), z: (B, M·U, D) -> c: (B, M, S), k, v: (B, M, U, H, E) of M chunks.
 
-        Token keys are shifted by one: the key of token j is made from u[j-1], its value from z[j].
+        Attention keys are shifted by one: token j has its key from u[j-1], and its value from z[j].
         The query of the token at position t is made from y[t] and u[t]. If u[t] is like u[j-1],
         then token j followed something like the present, and its value tells what may follow now:
         "what came next the last time?" is a single look-up (in a Transformer, an induction head).

@@ -86,23 +86,23 @@ def draw_layer(ax) -> None:
     box(ax, 4.2, 3, "short\nconvolution", GREY)
     box(ax, 7.0, 3, "linear\nrecurrence", BLUE)
     box(ax, 10.6, 3, "mix\n(1-α)·y + α·r", GREEN, 1.9)
-    box(ax, 4.2, 1.2, "remember\nchunks of U tokens", ORANGE, 2.1)
-    box(ax, 7.0, 1.2, "search\nthe best k", ORANGE)
-    box(ax, 9.2, 1.2, "attend\nto their tokens", ORANGE, 1.7)
+    box(ax, 4.2, 1.2, "remember\nchunks of U tokens", ORANGE, 2.3)
+    box(ax, 7.0, 1.2, "search\nthe best K", ORANGE)
+    box(ax, 9.2, 1.2, "attend\nto their tokens", ORANGE, 1.9)
     arrow(ax, (0.9, 3), (1.43, 3))
     arrow(ax, (2.56, 3), (3.43, 3), text="z")
     arrow(ax, (4.96, 3), (6.23, 3), text="u")
     arrow(ax, (7.77, 3), (9.63, 3), text="y")
     arrow(ax, (11.57, 3), (12.3, 3))
-    arrow(ax, (2.95, 3), (2.95, 1.2), (3.13, 1.2))
+    arrow(ax, (2.85, 3), (2.85, 1.2), (3.03, 1.2))
     arrow(ax, (5.5, 3), (5.5, 2.1), (4.6, 2.1), (4.6, 1.53))
-    ax.text(2.85, 1.9, "values", ha="right", fontsize=10)
+    ax.text(2.75, 1.9, "values", ha="right", fontsize=10)
     ax.text(5.05, 2.17, "keys", ha="center", fontsize=10)
-    arrow(ax, (5.27, 1.2), (6.23, 1.2))
-    arrow(ax, (7.77, 1.2), (8.33, 1.2))
+    arrow(ax, (5.37, 1.2), (6.23, 1.2))
+    arrow(ax, (7.77, 1.2), (8.23, 1.2))
     arrow(ax, (8.3, 3), (8.3, 2.2), (7.0, 2.2), (7.0, 1.53), colour=BLUE)
     ax.text(7.65, 2.27, "queries", ha="center", color=BLUE, fontsize=10)
-    arrow(ax, (10.07, 1.2), (10.6, 1.2), (10.6, 2.67))
+    arrow(ax, (10.17, 1.2), (10.6, 1.2), (10.6, 2.67))
     ax.text(10.7, 1.9, "r", fontsize=10)
     ax.set(xlim=(0.2, 12.4), ylim=(0.7, 3.5))
     ax.axis("off")
@@ -255,7 +255,7 @@ def choice() -> None:
     times = report.result("choice/times")
     assert times is not None
     style = {  # start of the labels -> label, colour, line
-        "resona k=": ("Resona, k = 1 to 32", BLUE, "o-"),
+        "resona k=": ("Resona, K = 1 to 32", BLUE, "o-"),
         "resona ivf": ("Resona, inverted file", SKY, "o:"),
         "transformer": ("Transformer, rotary", RED, "v"),
         "nope": ("Transformer, no positions", GREEN, "d"),
