@@ -7,12 +7,15 @@ Recurrences of packages that are not installed (evidence/requirements.txt) are s
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+import resona
 from evidence import backbones, notebook
 from evidence.check_backbone import check_backbone
 from evidence.testing import DeltaRule, gru, one_line, random_tokens, small_model
@@ -320,6 +323,20 @@ def test_the_branch_alone_is_trained_saved_and_loaded(tiny, tmp_path):
     weights = after.state_dict()
     for name, weight in frozen.items():
         assert torch.equal(weight, weights[name.replace(".mixer.", ".mixer.mixer.")])
+
+
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # they write a file
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(resona, "BACKBONES", dict(resona.BACKBONES))
+        exec("from __future__ import annotations\n" + "\n".join(examples), names)
+    branch = names["WithRetrieval"](torch.nn.GRU(8, 8, batch_first=True), d_model=8)
+    y, state = branch(torch.randn(2, 9, 8))
+    assert y.shape == (2, 9, 8) and len(state) == 3
+    assert isinstance(names["model"].layers[0].backbone, torch.nn.GRU)
 
 
 # --------------------------------------------------------------------------------------------------
