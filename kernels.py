@@ -3,8 +3,9 @@
     scan(a, b, h0=None)                          h[t] = a[t] * h[t-1] + b[t]
     search(q, c, top_k, chunk_size, offset=0)    the top_k visible chunks of each query
 
-Arguments and results are those of scan_naive and search_naive, gradients included. The file needs
-Triton and nothing of this project; resona.py imports it where it uses it.
+Arguments, results and gradients are those of scan_naive and search_naive, for tensors of 32 or 16
+bits on a GPU; what differs besides is said at the public functions. The file needs Triton and
+nothing of this project; resona.py imports it where it uses it.
 
     1. the scan, forward and backward         4. registration with PyTorch
     2. the scan in blocks                     5. the public functions
@@ -397,7 +398,7 @@ def merge_kernel(
 def dot_precision(q: Tensor, c: Tensor) -> str:
     """The precision of products on tensor cores: so high that winners change in near ties alone."""
     if torch.version.hip:
-        return "ieee"  # AMD's have no tf32
+        return "ieee"  # tf32 is not used on AMD
     if q.element_size() == c.element_size() == 2:
         return "tf32"  # holds 16-bit numbers exactly
     return "tf32x3"    # two parts of each number, three products: nearly as exact as float32

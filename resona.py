@@ -1558,8 +1558,8 @@ class IVFRetrieval(Retrieval):
 
     Centroids are made from the first nlist·SAMPLE chunks, 8,192 by default, and a query that sees
     fewer chunks than these searches exactly. A chunk joins the list of its nearest centroid when it
-    is finished, and stays there. So the lists that a query uses depend only on chunks that it may
-    see: causality and the state law hold.
+    is finished (those first ones when the centroids are made), and stays there. So the lists that a
+    query uses depend only on chunks that are visible to it: causality and the state law hold.
 
     A chunk unlike every centroid would join a list that says little about it, and a query that
     wants it would probably not probe that list. Yet rare content is often what is looked up. So
@@ -1685,7 +1685,7 @@ def probe_lists(
     q: Tensor, c: Tensor, top_k: int, n_visible: Tensor, probes: Tensor, member: Tensor
 ) -> Tensor:
     """
-    The search in one text, list by list, each with one product, keeping the best so far.
+    The search in one text, list by list, keeping the best so far.
 
     q: (L, S), c: (M, S), n_visible: (L,), probes: (L, nlist+1) bool, member: (M,)
     -> index: (L, top_k)
