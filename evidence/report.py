@@ -89,11 +89,6 @@ def runs_by_seed(task: str, model: str) -> dict[int, Result]:
     return {seed: run for seed, run in found.items() if run is not None}
 
 
-def trained_longer(task: str, model: str) -> list[Result]:
-    """For four times the steps."""
-    return results(f"{task}/four-times-the-steps/{model}-seed-{seed}" for seed in SEEDS)
-
-
 def rate_of(task: str, model: str) -> str:
     rate = reproduce.chosen_rate(task, model)
     return MISSING if rate is None else f"{rate:g}"
@@ -233,9 +228,9 @@ def bilingual_plain() -> Lines:
     """Bilingual, also by Transformers that were trained for longer."""
     tests = BILINGUAL[:3]
     rows = [plain_row("bilingual", tests, model) for model in COMPARED]
-    for model in ("nope", "transformer"):
-        label = f"{MODELS[model].label}, four times the steps"
-        rows.insert(-1, [label, *means(trained_longer("bilingual", model), tests, ACCURACY)])
+    for model in ("transformer", "nope"):
+        longer = plain_row("bilingual-long", tests, model)
+        rows.insert(-1, [f"{longer[0]}, four times the steps", *longer[1:]])
     return markdown(["", *(f"{test} entries" for test in ("16", "16, long:", "32"))], rows)
 
 
@@ -444,18 +439,10 @@ def has_ablation(task: str, label: str) -> bool:
     return f"ablations/{task}/{file_name(label)}/seed-0" in stored()
 
 
-def other_steps() -> Lines:
-    """Bilingual with four times the steps, n-grams with half of them."""
-    rows = []
-    for model in ("transformer", "nope"):
-        found = trained_longer("bilingual", model)
-        cells = [spread(scores(found, test)) for test in BILINGUAL]
-        rows.append([MODELS[model].label, *cells])
-    lines = markdown(["`bilingual`, 3,200 steps", *BILINGUAL], rows)
+def half_the_steps() -> Lines:
     found = results(f"ngram/half-the-steps/seed-{seed}" for seed in range(8))
-    cells = [spread(scores(found, test)) for test in NGRAM]
-    rows = [[MODELS["resona"].label, *cells]]
-    return [*lines, "", *markdown(["`ngram`, 500 steps", *NGRAM], rows)]
+    rows = [[MODELS["resona"].label, *(spread(scores(found, test)) for test in NGRAM)]]
+    return markdown(["500 steps", *NGRAM], rows)
 
 
 def long_copies() -> Lines:
@@ -607,6 +594,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "copy strings": copy_strings,
     "copy long": lambda: comparison("copy-long", COPY, ("recurrence",)),
     "bilingual": lambda: comparison("bilingual", BILINGUAL, WITH_SSM),
+    "bilingual long": lambda: comparison("bilingual-long", BILINGUAL, ("transformer", "nope")),
     "bilingual plain": bilingual_plain,
     "text plain": text_plain,
     "search loss plain": search_loss_plain,
@@ -629,7 +617,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "pretrained": pretrained,
     "ablations": ablations_copy,
     "ablations other": ablations_other,
-    "other steps": other_steps,
+    "ngram half": half_the_steps,
     "long copies": long_copies,
     "rates": rates,
     "cost": cost_by_length,
@@ -644,13 +632,11 @@ TABLES: dict[str, Callable[[], Lines]] = {
 def number(name: str) -> str:
     """A number in a sentence: "task model test" -> the mean over the seeds, of bits or accuracy.
 
-    A test of several words has _ between them: "bilingual resona 16_long". With a fourth word,
-    "longer", it is of models that were trained for four times as many steps.
+    A test of several words has _ between them: "bilingual resona 16_long".
     """
-    task, model, test, *longer = name.split()
-    found = trained_longer(task, model) if longer else runs(task, model)
+    task, model, test = name.split()
     score = BITS if task in IN_BITS else ACCURACY
-    return spread_mean(scores(found, test.replace("_", " "), score))
+    return spread_mean(scores(runs(task, model), test.replace("_", " "), score))
 
 
 # --------------------------------------------------------------------------------------------------

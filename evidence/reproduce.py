@@ -85,6 +85,7 @@ COMPARISONS = {
         Comparison("copy", WITH_SSM, 60),
         Comparison("copy-long", ("recurrence",), 330),
         Comparison("bilingual", WITH_SSM, 110, more_seeds={"resona": 8}),
+        Comparison("bilingual-long", ("transformer", "nope"), 200),
         Comparison("text", (*COMPARED, "narrow"), 170, seeds=5),
         Comparison("overwritten", COMPARED, 160, more_seeds={"resona": 8}),
         Comparison("mqar", WITH_SSM, 90, more_seeds={"resona": 8}),
@@ -113,11 +114,11 @@ SEEDS = range(3)  # of all that is not a comparison
 
 def all_jobs() -> Iterator[Job]:
     """Every run. The rate of some is known only when a sweep is finished; until then they wait."""
-    yield from comparisons("copy", "copy-long", "bilingual", "text")
+    yield from comparisons("copy", "copy-long", "bilingual", "bilingual-long", "text")
     yield from ablations()
     yield from costs()
     yield from comparisons("overwritten", "mqar", "icll", "state", "ngram", "needle")
-    yield from other_steps()
+    yield from half_the_steps()
     yield from small_states()
     yield from of_the_notebook()
     yield from others()
@@ -211,19 +212,13 @@ def ablation(task: str, label: str, seconds: float, **fields: Any) -> Iterator[J
             yield run_job(task, "resona", seed, rate, seconds, name, change=label, **fields)
 
 
-def other_steps() -> Iterator[Job]:
-    """Is the search learned in half the steps? Do Transformers learn in four times as many?"""
+def half_the_steps() -> Iterator[Job]:
+    """Is the search of n-grams learned in half of the steps?"""
     rate = chosen_rate("ngram", "resona")
     if rate is not None:
         for seed in range(8):
             name = f"ngram/half-the-steps/seed-{seed}"
             yield run_job("ngram", "resona", seed, rate, 80, name, steps=500)
-    for model in ("transformer", "nope"):
-        rate = chosen_rate("bilingual", model)
-        if rate is not None:
-            for seed in SEEDS:
-                name = f"bilingual/four-times-the-steps/{model}-seed-{seed}"
-                yield run_job("bilingual", model, seed, rate, 350, name, steps=3200)
 
 
 def file_name(label: str) -> str:

@@ -985,10 +985,17 @@ class LongCopying(Copying):
     steps = 10 * Copying.steps
 
 
+class LongBilingual(Bilingual):
+    """Bilingual, with four times the steps: do Transformers learn it in the end?"""
+
+    steps = 4 * Bilingual.steps
+
+
 TASKS: dict[str, Callable[..., Any]] = {
     "copy": Copying,
     "copy-long": LongCopying,
     "bilingual": Bilingual,
+    "bilingual-long": LongBilingual,
     "ngram": Ngram,
     "mqar": Mqar,
     "overwritten": Overwritten,
@@ -1008,6 +1015,7 @@ LIMITS = {  # lengths of tests: from, to; recall, noisy and memorize need even o
     "copy": (1, 100_000),
     "copy-long": (1, 100_000),
     "bilingual": (1, 32),
+    "bilingual-long": (1, 32),
     "ngram": (7, 1500),
     "mqar": (1, 63),
     "overwritten": (2, 32),
