@@ -41,6 +41,7 @@ from evidence.reproduce import (
 )
 from evidence.run import COMPARED, HIGHER, IN_BITS, LOWER, RATES
 from evidence.tasks import TASKS
+from resona import ResonaConfig
 
 PAGES = [reproduce.ROOT / name for name in ("README.md", "evidence/README.md", "tutorial.ipynb")]
 MARK = re.compile(r"(<!-- (table|number) ([^>]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
@@ -231,7 +232,7 @@ def bilingual_plain() -> Lines:
     for model in ("transformer", "nope"):
         longer = plain_row("bilingual-long", tests, model)
         rows.insert(-1, [f"{longer[0]}, four times the steps", *longer[1:]])
-    return markdown(["", *(f"{test} entries" for test in ("16", "16, long:", "32"))], rows)
+    return markdown(["", "16 entries", "16 entries, long", "32 entries"], rows)
 
 
 def text_plain() -> Lines:
@@ -271,10 +272,23 @@ def choice_plain() -> Lines:
             time = times.get(length, {}).get(label)
             speed = [f"{time[kind]:,.0f}" if time else MISSING for kind in ("prefill", "decoding")]
             rows.append([f"{int(length):,}", CHOICES[label], *accuracy, *speed])
-    return markdown(["tokens", "", *CHOICE_TASKS, "prefill, µs", "decoding, µs"], rows)
+    headings = ["tokens", "", "copying", "MQAR", "bilingual", "prefill, µs", "decoding, µs"]
+    return markdown(headings, rows)
 
 
 # of evidence/README.md
+
+
+def tasks() -> Lines:
+    """How each task is trained: steps, and what its config changes."""
+    rows = []
+    for name in COMPARISONS:
+        task = TASKS[name]
+        config = ResonaConfig(vocab_size=2, **getattr(task, "func", task).config)
+        layers = "all" if config.retrieval is True else ", ".join(map(str, config.retrieval or []))
+        sizes = (task.steps, config.chunk_size, config.d_conv, layers, task.train_top_k)
+        rows.append([f"`{name}`", *(f"{one:,}" if type(one) is int else one for one in sizes)])
+    return markdown(["", "steps", "U", "convolution", "branch in layers", "K in training"], rows)
 
 
 def copy_strings() -> Lines:
@@ -589,6 +603,7 @@ def toy_output() -> Lines:
 
 TABLES: dict[str, Callable[[], Lines]] = {
     "versions": versions,
+    "tasks": tasks,
     "copy": lambda: comparison("copy", COPY, WITH_SSM),
     "headline": headline,
     "copy strings": copy_strings,
