@@ -682,7 +682,7 @@ def main(argv: list[str]) -> int:
         page = path.read_text(encoding="utf-8")
         new = filled(page)
         if new != page and args.check:
-            print(f"{path.relative_to(reproduce.ROOT)}: a table differs from its results; run python -m evidence.report")
+            print(f"{path}: a table differs from its results; run python -m evidence.report")
             status = 1
         elif new != page:
             path.write_text(new, encoding="utf-8", newline="\n")
