@@ -971,7 +971,11 @@ def test_inspect_shows_one_search_per_layer_with_retrieval():
         sees_a_chunk = torch.arange(21) >= 4
         assert torch.equal((trace["alpha"] > 0)[..., 0], sees_a_chunk.expand(2, 21))
     assert not torch.equal(traces[0]["score"], traces[1]["score"])
-    assert model.inspect(tokens, top_k=5)[0]["index"].shape == (2, 21, 5)
+    (wider, _) = model.inspect(tokens, top_k=9)  # more than there are chunks
+    assert wider["index"].shape == wider["share"].shape == (2, 21, 9)
+    assert (wider["share"][wider["index"] < 0] == 0).all()
+    total = (wider["index"][..., 0] >= 0).double()  # 1, or 0 where no chunk is visible
+    assert_close(wider["share"].sum(-1), total)
 
 
 def test_inspect_leaves_nothing_on_the_model():
