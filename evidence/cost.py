@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from pprint import pprint
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -54,6 +56,9 @@ COMPARED = {  # what ratios measures, on how many rows of how many tokens
     "decoding": ((1, 256), (1, 16384), (16, 4096)),
 }
 IN_MEMORY = ("recurrence", "Resona", "Resona, checkpointed")  # trained on one long row
+# With this in its environment, glibc gives a block of more than a MiB back as soon as it is free.
+# By default it keeps it, and in a heap torn up by blocks of many sizes the next one may not fit.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 LONG_ROW = 65536  # tokens
 SEARCHED = 16384  # tokens, of the search alone
 
@@ -163,9 +168,12 @@ def ratios() -> dict[str, Any]:
     """
     # Memory comes first: a new process inherits the peak of the process that starts it.
     result: dict[str, Any] = {"memory": {}}
-    for name in IN_MEMORY:
-        with get_context("spawn").Pool(1) as new_process:
-            result["memory"][name] = new_process.apply(training_memory, (name, LONG_ROW))
+    for label, environment in (("", {}), (", blocks given back", GIVE_BACK)):
+        with mock.patch.dict(os.environ, environment):
+            for name in IN_MEMORY:
+                with get_context("spawn").Pool(1) as new_process:
+                    memory = new_process.apply(training_memory, (name, LONG_ROW))
+                result["memory"][name + label] = memory
     for kind, sizes in tqdm(COMPARED.items(), "ratios", ncols=100):
         result[kind] = {f"{B} x {L}": compare_times(kind, B, L) for B, L in sizes}
     result["search_ms"] = search_times()
