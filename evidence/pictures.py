@@ -169,6 +169,8 @@ def accuracy() -> None:
         means = [mean(report.scores(report.runs("copy", model), str(n))) for n in lengths]
         hollow: dict[str, Any] = {"mfc": "none", "ms": 11} if model == "nope" else {}
         ax.plot(lengths, means, line, color=colour, label=label, **hollow)  # nope is near Resona
+    means = [mean(report.scores(report.runs("copy-long", "recurrence"), str(n))) for n in lengths]
+    ax.plot(lengths, means, "s:", color=PINK, label="recurrence alone,\nten times the steps")
     ax.axvspan(28, 32, color="0.9")
     ax.text(32.6, 0.02, "longest in\ntraining", fontsize=9.5, va="bottom")
     ax.set_xscale("log", base=2)

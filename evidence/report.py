@@ -219,7 +219,7 @@ def versions() -> Lines:
 
 def headline() -> Lines:
     """Copying, also by a recurrence that was trained for longer."""
-    rows = [plain_row("copy", COPY, model) for model in HEADLINE]
+    rows = [plain_row("copy", COPY, model) for model in COMPARED]
     longer = plain_row("copy-long", COPY, "recurrence")
     rows.insert(1, [f"{longer[0]}, ten times the steps", *longer[1:]])
     return markdown(["", *(f"{n} letters" for n in COPY)], rows)
