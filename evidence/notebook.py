@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "notebook"
 WIDTHS = {8: 1e-2, 16: 2e-2, 32: 2e-2, 64: 2e-2}
 LIMIT_STEPS = (2000, 8000, 32000)
 LENGTHS = [4, 8, 16, 32, 64, 128]  # letters of the strings that are tested
-PARTS_STEPS = (400, 800)
+PARTS_STEPS = (500, 800)
 # what was taken out -> the word for it in evidence.ablations
 PARTS = {
     "nothing": "as it is",
