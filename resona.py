@@ -36,7 +36,7 @@ branch keeps 2·D + S/U numbers per token read (and room to grow, up to as much 
 What is computed for the token at position p, besides projections and MLPs, whose cost does not
 depend on p: (p/U)·S multiplications for the search and 2·K·U·D for the attention, where full
 attention needs 2·p·D. So the cost of reading a whole text is still quadratic in its length, but
-S / (2·D·U) of the cost of full attention: 1/16 with the defaults.
+S / (2·D·U) of the cost of full attention: 1/16 with the defaults, 1/8 with chunks of 2 tokens.
 
 How to read this file. The model comes first, from the config down to the two recurrences. If you
 stop there, you have seen the whole method. The operations that it calls follow: scan, search and
@@ -759,7 +759,7 @@ class SelectiveSSM(nn.Module):
     The selective state-space layer of Mamba (arXiv 2312.00752), with its letters.
 
     A state space is a differential equation. Here every channel, with its input u, has N of them,
-    each with its own A. (The N numbers B, and the N numbers C, are shared by all channels.)
+    each with its own A; the N numbers B and the N numbers C are shared by all channels:
 
         h'(t) = A·h(t) + B·u(t)        y(t) = Σ C·h(t) + D·u(t)        A < 0, so that h decays
 
