@@ -2227,8 +2227,8 @@ def test_the_sample_marks_wrong_letters_and_shows_retrieved_chunks(monkeypatch):
     right = train_toy.sample_lines("resona", parrot([2, 0, 19, 28], monkeypatch), string)
     assert right == [
         "resona        cat.   4 of 4 right",
-        "  retrieved   $Aa|   best chunk of layer 1, downwards;",
-        "              CtTc   capital: the letter that was written",
+        "  retrieved   $Aa|   each column: layer 1's best chunk,",
+        "              CtTc   a capital where it holds the letter written",
     ]
     wrong = train_toy.sample_lines("resona", parrot([2, 1, 19, 25], monkeypatch), string)
     assert wrong[:2] == ["resona        cbtz   2 of 4 right", "               ^ ^"]

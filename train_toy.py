@@ -671,7 +671,7 @@ def compare(args: argparse.Namespace, task: Task) -> None:
     if sample:
         say("", *sample_heading(string), *sample)
     say("", draw(args.out / f"{args.task}.png", report, task))
-    say(f"Results and trained models are in {args.out}")
+    say(f"Results and trained models: {args.out}")
 
 
 def draw_tests(task: Task, seed: int) -> dict[str, Rows]:
@@ -693,7 +693,7 @@ def table(report: dict[str, Any], task: Task) -> list[str]:
     """One line per model, one column per test."""
     results = report["results"]
     tests = next(iter(results.values()))
-    heading = f"token accuracy, by {task.unit}"
+    heading = f"token accuracy by number of {task.unit}"
     lines = [f"{heading:<40}" + "".join(f"{test:>10}" for test in tests)]
     for name, scores in results.items():
         cells = [f"{score['token_accuracy']:>10.3f}" for score in scores.values()]
@@ -717,7 +717,7 @@ def draw(path: Path, report: dict[str, Any], task: Task) -> str:
     axes.set_title(f"{report['task']}: token accuracy by length")
     axes.legend()
     write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    return f"The accuracies as a picture: {path}"
+    return f"Picture of the accuracies: {path}"
 
 
 # ==================================================================================================
@@ -731,7 +731,7 @@ def sample_heading(string: np.ndarray) -> list[str]:
         f"A new string of {len(string)} letters; training strings had {shortest} to {longest}.",
         "Each model reads $string| once, then writes the copy on its own. ^ marks wrong letters.",
         "",
-        f"{'to write':<14}{letters_of([*string, END])}",
+        f"{'expected':<14}{letters_of([*string, END])}",
     ]
 
 
@@ -784,8 +784,8 @@ def retrieval_lines(model: Resona, text: Tensor, n: int) -> list[str]:
         lines.append("".join(shown))
     labels = ["  retrieved", *[""] * (len(lines) - 1)]
     lines = [f"{label:<14}{line}" for label, line in zip(labels, lines, strict=True)]
-    lines[0] += f"   best chunk of layer {layer}, downwards;"
-    lines[-1] += "   capital: the letter that was written"
+    lines[0] += f"   each column: layer {layer}'s best chunk,"
+    lines[-1] += "   a capital where it holds the letter written"
     return lines
 
 

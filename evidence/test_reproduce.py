@@ -297,11 +297,12 @@ def test_a_sweep_ends_with_a_perfect_rate_and_the_seeds_wait_for_its_end(results
 
 COPY_JOB = reproduce.run_job("copy", "resona", 0, 3e-3, 1.0)
 MQAR_JOB = reproduce.run_job("mqar", "resona", 0, 3e-3, 1.0)
+TOY_JOB = next(job for job in reproduce.all_jobs() if job.name == "toy/output")
 
 
 def fingerprints_with(monkeypatch, folder, edits):
-    """Those of COPY_JOB and MQAR_JOB if the source files were edited: (file, old, new)."""
-    for module in (*reproduce.MODEL, "evidence.tasks"):
+    """Those of COPY_JOB, MQAR_JOB and TOY_JOB if the sources were edited: (file, old, new)."""
+    for module in (*reproduce.MODEL, *reproduce.SCRIPTS):
         name = module.replace(".", "/")
         source = (reproduce.ROOT / f"{name}.py").read_text(encoding="utf-8")
         for file, old, new in edits:
@@ -315,7 +316,7 @@ def fingerprints_with(monkeypatch, folder, edits):
         patch.setattr(reproduce, "ROOT", folder)
         reproduce.definitions.cache_clear()
         reproduce.fingerprint.cache_clear()
-        found = [reproduce.fingerprints(job) for job in (COPY_JOB, MQAR_JOB)]
+        found = [reproduce.fingerprints(job) for job in (COPY_JOB, MQAR_JOB, TOY_JOB)]
     reproduce.definitions.cache_clear()
     reproduce.fingerprint.cache_clear()
     return [one[key] for one in found for key in ("fingerprint", "script")]
@@ -324,7 +325,6 @@ def fingerprints_with(monkeypatch, folder, edits):
 COSMETIC = [
     ("train_toy", "# 1. forward and backward", "# another comment"),
     ("train_toy", '"""One update -> loss', '"""A step -> loss'),
-    ("train_toy", "A new string of", "A fresh string of"),  # what is printed
     ("train_toy", '"resona": 3e-3', '"resona": 2.9e-3'),  # runs are given their rates
     ("resona", "backbone must be one of", "backbone may be one of"),
     ("evidence/ablations", '"top_k 2 in training"', '"top_k 3 in training"'),
@@ -335,15 +335,16 @@ COSMETIC = [
     ("edits", "changed"),
     [
         (COSMETIC, []),
-        ([("train_toy", "CLIP = 1.0", "CLIP = 2.0")], [0, 2]),  # training
-        ([("resona", "F.silu(gate)", "F.gelu(gate)")], [1, 3]),  # the backbone
-        ([("evidence/tasks", "0.01 - 1.0", "0.02 - 1.0")], [3]),  # MQAR alone
+        ([("train_toy", "CLIP = 1.0", "CLIP = 2.0")], [0, 2, 4, 5]),  # training
+        ([("resona", "F.silu(gate)", "F.gelu(gate)")], [1, 3, 5]),  # the backbone
+        ([("evidence/tasks", "0.01 - 1.0", "0.02 - 1.0")], [3, 5]),  # MQAR, which a script may run
+        ([("train_toy", "A new string of", "A fresh string of")], [5]),  # what train_toy.py prints
     ],
 )
 def test_fingerprints_change_with_what_matters_alone(edits, changed, tmp_path, monkeypatch):
     before = fingerprints_with(monkeypatch, tmp_path / "a", [])
     after = fingerprints_with(monkeypatch, tmp_path / "b", edits)
-    assert [i for i in range(4) if before[i] != after[i]] == changed
+    assert [i for i in range(6) if before[i] != after[i]] == changed
 
 
 def test_runs_differ_by_model_and_change():
