@@ -636,7 +636,7 @@ def evaluate(
 
 
 def compare(args: argparse.Namespace, task: Task) -> None:
-    """Train and test every model; write results.json and the picture; print table and sample."""
+    """Train and test every model; write results.json and the figure; print table and sample."""
     tests = draw_tests(task, args.seed)
     string = np.random.default_rng([args.seed, 3]).integers(0, 26, SAMPLE)
     names = MODELS if args.model == "all" else (args.model,)
@@ -703,11 +703,11 @@ def table(report: dict[str, Any], task: Task) -> list[str]:
 
 
 def draw(path: Path, report: dict[str, Any], task: Task) -> str:
-    """Draw the table as a picture -> a line that says so, or why not."""
+    """Draw the table as a figure -> a line that says so, or why not."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return "No picture of the accuracies: matplotlib is not installed"
+        return "No figure: matplotlib is not installed"
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, scores in report["results"].items():
@@ -717,7 +717,7 @@ def draw(path: Path, report: dict[str, Any], task: Task) -> str:
     axes.set_title(f"{report['task']}: token accuracy by length")
     axes.legend()
     write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    return f"Picture of the accuracies: {path}"
+    return f"Figure: {path}"
 
 
 # ==================================================================================================

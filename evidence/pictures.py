@@ -140,9 +140,9 @@ def draw_strip(ax) -> None:
         fontsize=10,
     )
     notes = (
-        "A chunk of U = 2 tokens can be retrieved once it has ended. The key of",
-        "“t” describes what came before it, “ca”; its value is t itself. So one",
-        "look-up says what comes next: an induction head in one layer.",
+        "A chunk of U = 2 tokens can be retrieved once it has ended. The attention",
+        "key of “t” is made from what came before it, up to “ca”, and its value",
+        "from “t” itself. So one look-up says what comes next.",
     )
     ax.text(7.6, 0.4, "\n".join(notes), va="center", fontsize=10.5)
     ax.set(xlim=(-0.2, 14.2), ylim=(-0.65, 2.0))
@@ -237,18 +237,22 @@ def cost() -> None:
         "Resona, ivf": (SKY, "o:"),
         "attention": (RED, "v--"),
     }
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
+    ticks = [5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.4))
     for ax, (kind, models) in zip(axes, kinds.items(), strict=True):
         for name, by_length in models.items():
             colour, line = style[name]
             lengths = [int(n) for n in by_length]
-            times = [by_length[str(n)] / 1000 for n in lengths]
-            ax.loglog(lengths, times, line, color=colour, label=name)
+            label = "Transformer,\nrotary positions" if name == "attention" else name
+            ax.loglog(lengths, list(by_length.values()), line, color=colour, label=label)
         ax.set_xscale("log", base=2)
-        ax.set(title=kind, xlabel="tokens of text")
-        ax.set(xticks=[256, 2048, 16384], xticklabels=["256", "2k", "16k"])
+        ax.set(title=kind, xlabel="tokens")
+        lengths = [256, 1024, 4096, 16384, 65536]
+        ax.set(xticks=lengths, xticklabels=["256", "1k", "4k", "16k", "64k"])
+        shown = [tick for tick in ticks if ax.get_ylim()[0] <= tick <= ax.get_ylim()[1]]
+        ax.set(yticks=shown, yticklabels=[f"{tick:,}" for tick in shown])
         ax.minorticks_off()
-    axes[0].set_ylabel("ms per token, batch 1, one thread")
+    axes[0].set_ylabel("µs per token, batch 1, one thread")
     axes[1].legend(frameon=False, fontsize=9.5)
     figure.savefig(PICTURES / "cost.png")
 

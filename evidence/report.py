@@ -207,10 +207,10 @@ def versions() -> Lines:
         for one in (file["machine"] for file in files)
     }
     return [
-        f"{len(files)} of {n_jobs} results, {hours:.1f} hours of computing, on one thread unless a "
-        f"table says otherwise ({'; '.join(sorted(machines))}). The model and its training have "
-        f"the fingerprint `{files[-1]['fingerprint']}`, the newest result is of commit "
-        f"{files[-1]['commit']}."
+        f"The tables hold {len(files)} of {n_jobs} results, which took {hours:.1f} hours of "
+        f"computing, on one thread unless a table says otherwise ({'; '.join(sorted(machines))}). "
+        f"The model and its training have the fingerprint `{files[-1]['fingerprint']}`; the newest "
+        f"result is from commit {files[-1]['commit']}."
     ]
 
 
@@ -226,13 +226,13 @@ def headline() -> Lines:
 
 
 def bilingual_plain() -> Lines:
-    """Bilingual, also by Transformers that were trained for longer."""
+    """Bilingual, also by the other models with four times the steps."""
     tests = BILINGUAL[:3]
     rows = [plain_row("bilingual", tests, model) for model in COMPARED]
-    for model in ("transformer", "nope"):
+    for model in COMPARISONS["bilingual-long"].models:
         longer = plain_row("bilingual-long", tests, model)
         rows.insert(-1, [f"{longer[0]}, four times the steps", *longer[1:]])
-    return markdown(["", "16 entries", "16 entries, long", "32 entries"], rows)
+    return markdown(["", "16 entries", "16 entries, long rows", "32 entries"], rows)
 
 
 def text_plain() -> Lines:
@@ -611,7 +611,9 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "copy strings": copy_strings,
     "copy long": lambda: comparison("copy-long", COPY, ("recurrence",)),
     "bilingual": lambda: comparison("bilingual", BILINGUAL, WITH_SSM),
-    "bilingual long": lambda: comparison("bilingual-long", BILINGUAL, ("transformer", "nope")),
+    "bilingual long": lambda: comparison(
+        "bilingual-long", BILINGUAL, COMPARISONS["bilingual-long"].models
+    ),
     "bilingual plain": bilingual_plain,
     "text plain": text_plain,
     "search loss plain": search_loss_plain,
@@ -647,7 +649,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
 
 
 def number(name: str) -> str:
-    """A number in a sentence, the mean over the seeds: "copy resona 512", that is task, model, test.
+    """A number in a sentence, the mean over the seeds: "task model test", "copy resona 512".
 
     A test of several words has _ between them: "bilingual resona 16_long". The score is accuracy,
     or bits in a task of text, unless a fourth word names it: "copy resona 512 sequence_accuracy".
