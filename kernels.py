@@ -3,27 +3,28 @@
     scan(a, b, h0=None)                          h[t] = a[t] * h[t-1] + b[t]
     search(q, c, top_k, chunk_size, offset=0)    the top_k visible chunks of each query
 
-Arguments, results and gradients are those of scan_naive and search_naive, for tensors of 32 or 16
-bits on a GPU; what differs besides is said at the public functions. The file needs Triton and
-nothing of this project; resona.py imports it where it uses it.
+Arguments, results and gradients are those of scan_naive and search_naive, for floating-point
+tensors of 32 or 16 bits on a GPU; the public functions document all other differences. The file
+needs PyTorch and Triton, and nothing else of this project; resona.py imports it when it is used.
 
     1. the scan, forward and backward         4. registration with PyTorch
     2. the scan in blocks                     5. the public functions
     3. the search                             6. does it work on this GPU?
 
 Letters: B batch, L length, D width, M chunks, U tokens per chunk, K retrieved chunks, S search
-width. A tile is what a program holds in registers at one time; its sizes are called BLOCK_D,
-BLOCK_Q, ..., as in Triton's tutorials. A block is a stretch of a scan's steps.
+width. A tile is what a program holds in registers at one time; inside the kernels its sizes are
+called BLOCK_D, BLOCK_Q, ..., as in Triton's tutorials. Elsewhere a block is a stretch of a scan's
+steps, as in MIN_BLOCK and block_size.
 
-Performance. Nothing here has been timed on a GPU yet; what follows is counted. The scan does less
-than one operation for every number it moves, so memory bandwidth limits it. In float32 it moves 12
-bytes per element forward (read a and b, write h) and 20 backward (read a, h and dh, write da and
-db). In blocks, it reads two of its inputs twice: 20 and 28 bytes. A search that writes its scores
-moves 8 bytes for each pair of query and chunk; this one keeps scores in registers and writes the
-winners.
+Performance. Nothing here has been timed on a GPU yet; the numbers that follow are counted. The scan
+does less than one operation for every number it moves, so memory bandwidth limits it. In float32 it
+moves 12 bytes per element forward (read a and b, write h) and 20 backward (read a, h and dh, write
+da and db). In blocks, it reads two of its inputs twice: 20 and 28 bytes. A search that writes its
+scores moves 8 bytes for each pair of query and chunk; this one keeps scores in registers and writes
+only the winners.
 """
 
-# Inside a kernel numbers are Triton's, of which a type checker knows nothing.
+# Inside a kernel, values have Triton's types, which a type checker does not know.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false
 
@@ -52,7 +53,7 @@ MIN_PROGRAMS = 256  # a guess at what keeps a GPU busy; with fewer, the work is 
 
 MAX_BATCH = 65535   # CUDA's limit for the last axis of a grid
 MAX_TOP_K = 64      # the search keeps its winners in registers
-MAX_S = 128         # and its keys in shared memory
+MAX_S = 128         # and search keys in shared memory
 
 
 # ----------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ MAX_S = 128         # and its keys in shared memory
 
 @triton.jit
 def load_tile(ptr, n_rows, STEP: tl.constexpr, TILE: tl.constexpr, other=0.0):
-    """A tuple of TILE rows, at ptr, ptr + STEP, ...; `other` from the row n_rows on."""
+    """A tuple of TILE rows, at ptr, ptr + STEP, ...; those from n_rows on are `other`."""
     rows = tl.tuple(())
     for i in tl.static_range(TILE):
         rows = rows + (tl.load(ptr + i * STEP, mask=i < n_rows, other=other),)
@@ -83,7 +84,7 @@ def scan_forward_kernel(
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D
     i_block = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)  # offsets below pass 2^31
+    batch = tl.program_id(2).to(tl.int64)  # offsets can exceed 2^31
     offs_start = (batch * tl.num_programs(1) + i_block) * D + offs_d
     h = tl.load(start_ptr + offs_start, mask=mask, other=0.0).to(tl.float32)
 
@@ -123,7 +124,7 @@ def scan_backward_kernel(
         t = L - 1 - n_done
         offs = (batch * L + t) * D + offs_d
         n_rows = tl.where(mask, end - n_done, 0)
-        a = load_tile(a_ptr + offs, n_rows, -D, TILE, other=1.0)  # past step 0, carry stays
+        a = load_tile(a_ptr + offs, n_rows, -D, TILE, other=1.0)  # before step 0, carry stays
         dh = load_tile(dh_ptr + offs, n_rows, -D, TILE)
         h_before = load_tile(h_ptr + offs - D, tl.minimum(n_rows, t), -D, TILE)
         for i in tl.static_range(TILE):
@@ -140,13 +141,13 @@ def scan_backward_kernel(
 # 2. The scan in blocks, for long rows and few channels
 #
 # With B * D small there are too few programs to keep a GPU busy. Then each row is cut into blocks
-# that are scanned at the same time. For that, the start of each block must be known, which is h
-# before its first step. A block maps its start to its end: end = product * start + state, where
+# that are scanned at the same time. For that, the start of each block, that is, h before its
+# first step, must be known. A block maps its start to its end: end = product * start + state, where
 # product is the product of all its a, and state is its end if it starts from zero. So the ends of
-# the blocks are a scan, too:
+# the blocks form a scan themselves:
 #
 #     1. summary kernel    product and state of every block but the last
-#     2. forward kernel    over these, a row of a few hundred steps: the starts
+#     2. forward kernel    over these, one step per block: the starts
 #     3. forward kernel    over the blocks, or the backward kernel
 
 @triton.jit(do_not_specialize=["L", "block_size"])
@@ -154,7 +155,7 @@ def forward_summary_kernel(
     a_ptr, b_ptr, product_ptr, state_ptr, L, block_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):
-    """product, state: (B, blocks - 1, D) float32, of the scan from the first step to the last."""
+    """product, state: (B, blocks - 1, D) float32, of every block but the last, walking forward."""
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D
     i_block = tl.program_id(1)
@@ -202,7 +203,7 @@ def backward_summary_kernel(
 
 
 def cut_into_blocks(B: int, L: int, D: int, BLOCK_D: int) -> tuple[int, int]:
-    """The number of blocks and the steps in each, whole tiles; the last may be shorter."""
+    """The number of blocks, and the steps in each: whole tiles, but the last may be shorter."""
     columns = B * triton.cdiv(D, BLOCK_D)
     blocks = 1
     if columns < MIN_PROGRAMS:
@@ -306,7 +307,7 @@ def any_of(mask):
 
 @triton.jit
 def insert(best, key):
-    """The best of both: while a query has a larger sort key, that replaces its worst in `best`."""
+    """Merge key into best: while a query has a key above the worst in its best, replace that."""
     candidate = tl.max(key, axis=1)
     worst = tl.min(best, axis=1)
     while any_of(candidate > worst):
@@ -339,7 +340,7 @@ def search_kernel(
     """The best chunks of each of BLOCK_Q queries, out of one part of `span` chunks.
 
     q: (B, L, S); c: (B, M, S), stride_c from one row of the batch to the next;
-    best: (B, L, parts, SLOTS) sort keys, in no order.
+    best: (B, L, parts, SLOTS) sort keys, in no particular order.
     """
     part = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -364,7 +365,7 @@ def search_kernel(
     for first in range(part * span, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         score = tile_scores(q, c_row, m, offs_s, M, S, n_visible, PRECISION)
-        if any_of(tl.max(score, axis=1) > worst_score):  # most tiles of a long text: nothing better
+        if any_of(tl.max(score, axis=1) > worst_score):  # false for most tiles of a long text
             best = insert(best, pack(score, m[None, :] ^ LOW_31))
             worst_score = unpack_score(tl.min(best, axis=1))
     offs_best = (rows * tl.num_programs(1) + part)[:, None] * SLOTS + slot[None, :]
@@ -396,18 +397,18 @@ def merge_kernel(
 
 
 def dot_precision(q: Tensor, c: Tensor) -> str:
-    """The precision of products on tensor cores: so high that winners change in near ties alone."""
+    """The precision of tl.dot's inputs: so high that winners differ in near ties alone."""
     if torch.version.hip:
-        return "ieee"  # tf32 is not used on AMD
+        return "ieee"  # Triton has no tf32x3 there
     if q.element_size() == c.element_size() == 2:
         return "tf32"  # holds 16-bit numbers exactly
-    return "tf32x3"    # two parts of each number, three products: nearly as exact as float32
+    return "tf32x3"    # two parts of each number, three products: nearly as accurate as float32
 
 
 def cut_into_parts(programs: int, M: int, block_m: int, slots: int) -> tuple[int, int]:
     """With few queries, as in decoding, the chunks are split among more programs.
 
-    Returns the largest number of parts for any M, and the chunks in each part, whole tiles.
+    Returns the maximum number of parts, whatever M is, and the chunks in each: whole tiles.
     """
     max_parts = max(1, min(MIN_PROGRAMS // programs, 2048 // slots))
     max_parts = triton.next_power_of_2(max_parts)
@@ -465,7 +466,7 @@ def search_backward(q: Tensor, c: Tensor, index: Tensor, dscore: Tensor) -> tupl
 # 4. Registration with PyTorch
 #
 # torch.compile does not look into a custom operator; register_fake tells it the shapes of the
-# results. The gradients are autograd functions, which torch.func takes as well.
+# results. The gradients are defined by autograd.Function, which torch.func supports as well.
 
 scan_op = torch.library.custom_op("resona_triton::scan", scan_forward, mutates_args=())
 scan_backward_op = torch.library.custom_op(
@@ -539,11 +540,11 @@ class Search(torch.autograd.Function):
 def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """h[:, t] = a[:, t] * h[:, t-1] + b[:, t], starting from h0 or zero.
 
-    a, b: (B, L, D); h0: (B, D); float32, float16 or bfloat16, which may differ. The state is
+    a, b: (B, L, D); h0: (B, D); float32, float16 or bfloat16, also mixed. The state is
     carried in float32. The product of a over one block (see cut_into_blocks) must not overflow
     float32; it does not where |a| <= 1. Returns h: (B, L, D) in the dtype of b.
-    Raises ValueError for shapes that do not fit together, NotImplementedError for tensors that
-    the kernels cannot run on.
+    Raises ValueError for shapes that do not fit together or different devices,
+    NotImplementedError for tensors that the kernels cannot run on.
     """
     inputs = [a, b] if h0 is None else [a, b, h0]
     fit = b.dim() == 3 and a.shape == b.shape and (h0 is None or h0.shape == b.shape[::2])
@@ -562,16 +563,16 @@ def search(
     """The top_k chunks with the largest dot products, among those visible to each query.
 
     q: (B, L, S), the queries at positions offset, offset + 1, ...; c: (B, M, S), the keys of the
-    chunks; float32, float16 or bfloat16, which may differ. A query at position p sees the chunks
+    chunks; float32, float16 or bfloat16, also mixed. A query at position p sees the chunks
     that ended before it, p // chunk_size of them. c may be the filled part of a longer buffer.
     Returns score: (B, L, top_k) float32, best first, and index: (B, L, top_k) int64, -inf and -1
     where no chunk is left. Of equal scores, the earlier chunk wins; a score of NaN counts as +inf.
-    Raises ValueError for arguments that do not fit together, NotImplementedError for top_k above
-    64, S above 128, or tensors that the kernels cannot run on.
+    Raises ValueError for arguments that do not fit together or different devices,
+    NotImplementedError for top_k above 64, S above 128, or tensors that the kernels cannot run on.
     """
     if top_k < 1 or chunk_size < 1 or offset < 0:
         numbers = f"top_k {top_k}, chunk_size {chunk_size}, offset {offset}"
-        raise ValueError(f"top_k and chunk_size must be at least 1, offset 0, got {numbers}")
+        raise ValueError(f"top_k and chunk_size must be >= 1, and offset >= 0, got {numbers}")
     if q.dim() != 3 or c.dim() != 3 or q.shape[::2] != c.shape[::2]:
         shapes = f"{tuple(q.shape)}, {tuple(c.shape)}"
         raise ValueError(f"search takes q (B, L, S) and c (B, M, S), got {shapes}")
@@ -593,28 +594,28 @@ def check_supported(*tensors: Tensor) -> None:
     for x in tensors:
         if not supported(x):
             raise NotImplementedError(
-                "the Triton kernels need a GPU, float32, float16 or bfloat16 and at most "
-                f"{MAX_BATCH} rows, got {x.dtype} on {x.device}, {x.shape[0]} rows"
+                "the Triton kernels need a GPU, float32, float16 or bfloat16, and a batch of at "
+                f"most {MAX_BATCH}, got {x.dtype} on {x.device}, and a batch of {x.shape[0]}"
             )
 
 
 # ----------------------------------------------------------------------------------------------
 # 6. Does it work on this GPU?
 #
-# Triton may be installed and still not work: no C compiler, a GPU that it does not know. So
-# before BACKEND "auto" first uses the kernels with a device and dtype, they must give what plain
-# PyTorch gives, values and gradients, on an input with several blocks (or parts), tiles that are
-# not full, and empty slots.
+# Triton may be installed and still not work, for want of a C compiler or because it does not know
+# the GPU. So before resona.BACKEND = "auto" first uses the kernels with a device and dtype, they
+# must give what plain PyTorch gives, values and gradients, on an input with several blocks (or
+# parts), tiles that are not full, and empty slots.
 
 def can_scan(a: Tensor, b: Tensor) -> bool:
-    """True if the tensors are on a GPU, fit the kernels, and the selftest passed there."""
+    """True if the tensors are on a GPU, fit the kernels, and the self-test passes there."""
     if not (b.is_cuda and supported(a) and supported(b)):
         return False
     return works(selftest_scan, b.device, b.dtype)
 
 
 def can_search(q: Tensor, c: Tensor, top_k: int) -> bool:
-    """True if the tensors are on a GPU, fit the kernels, and the selftest passed there."""
+    """True if the tensors are on a GPU, fit the kernels, and the self-test passes there."""
     if not (q.is_cuda and supported(q) and supported(c)):
         return False
     if top_k > MAX_TOP_K or q.shape[2] > MAX_S:
@@ -622,14 +623,14 @@ def can_search(q: Tensor, c: Tensor, top_k: int) -> bool:
     return works(selftest_search, q.device, q.dtype)
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks, and does not look inside
+@torch.compiler.assume_constant_result  # torch.compile calls it, and does not trace it
 def works(selftest: Callable, device: torch.device, dtype: torch.dtype) -> bool:
     return works_once(selftest, device, dtype)
 
 
 @cache
 def works_once(selftest: Callable, device: torch.device, dtype: torch.dtype) -> bool:
-    """Does the self-test pass? Run once per device and dtype. If not, warn; then PyTorch is used.
+    """Does the self-test pass? Run once per device and dtype. If it fails, PyTorch is used instead.
 
     It runs in a thread of its own, which has none of the caller's modes: autocast, no_grad,
     inference_mode, checkpoint, torch.func and so on.
@@ -637,9 +638,10 @@ def works_once(selftest: Callable, device: torch.device, dtype: torch.dtype) -> 
     try:
         with ThreadPoolExecutor(1) as thread:
             thread.submit(selftest, device, dtype).result()
-    except Exception as error:  # a compiler has many kinds
+    except Exception as error:  # compilers raise many kinds
         reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"Triton is not used, {selftest.__name__} failed: {reason}", stacklevel=2)
+        failed = f"{selftest.__name__} failed with {dtype} on {device}: {reason}"
+        warnings.warn(f"PyTorch is used instead of Triton; {failed}", stacklevel=2)
         return False
     return True
 
@@ -662,7 +664,7 @@ def selftest_scan(device: torch.device, dtype: torch.dtype) -> None:
 def selftest_search(device: torch.device, dtype: torch.dtype) -> None:
     B = MIN_PROGRAMS // 40
     L = 8 * TILE_Q + 9
-    M = 4 * TILE_M + 1  # three parts, of two tiles, two, and one
+    M = 4 * TILE_M + 1  # three parts, of two, two and one tiles
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-8, 9, (2, B, L, 15), generator=generator)  # exact in every dtype
     q = x[0].to(device, dtype).requires_grad_()
@@ -692,5 +694,5 @@ def assert_same(got: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> Non
     share = 1e-4 if next(iter(inputs.values())).dtype == torch.float32 else 0.02
     for name, (ours, theirs) in pairs.items():
         error = (ours - theirs).abs().max() / theirs.abs().max()
-        if not error <= share:  # NaN, too
+        if not error <= share:  # catches NaN, too
             raise AssertionError(f"{name} is wrong by {error:.1e} of its largest value")

@@ -27,22 +27,23 @@ Letters. The paper's k, U and α are our K, U and α; the other letters are ours
        with the W-1 before it    v  values, per token            r  o after o_proj
     y  output of the recurrence                                  α  mixing weight, one per token
 
-(In SelectiveSSM the letters A, B, C, D and Δ are Mamba's.) There are two levels of queries and
+(In the formulas of SelectiveSSM, A, B, C, D and Δ are Mamba's.) There are two levels of queries and
 keys: search_q with c chooses chunks, then q with k weighs the tokens in them.
 
 What is kept, per layer and text: a recurrence keeps D numbers (SSM: D·N), whatever the length. The
 branch keeps 2·D + S/U numbers per token read (and room to grow, up to as much again).
 
-What is computed for the token at position p, besides projections and MLPs, whose cost does not
-depend on p: (p/U)·S multiplications for the search and 2·K·U·D for the attention, where full
-attention needs 2·p·D. So the cost of reading a whole text is still quadratic in its length, but
-S / (2·D·U) of the cost of full attention: 1/16 with the defaults, 1/8 with chunks of 2 tokens.
+What is computed for the token at position p, besides projections, recurrence and MLP, whose cost
+does not depend on p: (p/U)·S multiplications for the search and 2·K·U·D for the attention, where
+full attention needs 2·p·D. So the cost of reading a whole text is still quadratic in its length,
+but for long texts only S / (2·D·U) of that of full attention: 1/16 with the defaults, 1/8 with
+chunks of 2 tokens.
 
 How to read this file. The model comes first, from the config down to the two recurrences. If you
 stop there, you have seen the whole method. The operations that it calls follow: scan, search and
-attend. Each is defined by a loop that is obviously right (naive) and has a parallel version, which
-the tests check against the loop. Then come approximate search and a tensor that grows. Triton
-versions of scan and search are in kernels.py.
+attend. Each is defined by a loop that is obviously correct (scan_naive and so on) and has a
+parallel version, which the tests check against the loop. Then come approximate search and a tensor
+that grows. Triton versions of scan and search are in kernels.py.
 """
 
 from __future__ import annotations
@@ -61,12 +62,13 @@ from torch.utils._pytree import tree_map
 
 Function = TypeVar("Function", bound=Callable)
 
-# As in `resona.BACKEND = "torch"`: which version of scan, search and attend runs.
-#   "auto"    scan and search in Triton on a GPU where that works, everything else in PyTorch
-#   "naive"   the loops: slow and obviously right
+# Which version of scan, search and attend runs. Set it with `resona.BACKEND = "torch"`.
+#   "auto"    scan and search in Triton on a GPU where kernels.py can, everything else in PyTorch
+#   "naive"   the loops: slow and obviously correct
 #   "torch"   the parallel versions in PyTorch
 #   "triton"  scan and search in Triton, or an error; attend in PyTorch
-# Approximate search (IVFRetrieval) has one version, in PyTorch.
+# Approximate search (IVFRetrieval) has one version, in PyTorch; where it searches exactly, this
+# choice applies.
 BACKEND = "auto"
 
 
@@ -83,9 +85,9 @@ class ResonaConfig:
     n_layer: int = 2
     n_head: int = 4  # H
     backbone: str | Callable[[int], nn.Module] = "gated"  # in BACKBONES, or d_model -> module
-    retrieval: bool | list[int] | tuple[int, ...] = True  # layers with the branch: all, none, these
+    retrieval: bool | list[int] | tuple[int, ...] = True  # in all layers, in none, or in these
     chunk_size: int = 4  # U
-    top_k: int = 4  # K, at least 2 to train the search; a call may override it
+    top_k: int = 4  # K; in training at least 2, see attend; a call may override it
     d_search: int = 32  # S
     d_conv: int = 4  # W
     d_ff: int = 128  # hidden width of the MLP
@@ -121,7 +123,7 @@ class ResonaConfig:
 
 
 class Resona(nn.Module):
-    """A language model of recurrent layers with retrieval."""
+    """A language model built from recurrent layers with retrieval."""
 
     def __init__(self, config: ResonaConfig):
         super().__init__()
@@ -153,8 +155,8 @@ class Resona(nn.Module):
         holds because positions and chunks are counted from the start of the text, not of the call,
         and no token sees a later one. (Where two chunks score almost the same, rounding may decide.
         A backbone that returns its state in 16 bits rounds it at every cut; ours keep float32.) The
-        state has all that is needed to continue, see LayerState. It is never modified, so one state
-        can be continued several times.
+        state holds all that is needed to continue, see LayerState. It is never modified, so one
+        state can be continued several times.
 
         top_k replaces config.top_k in this call. If trace is a list, each layer with retrieval
         appends to it what it retrieved (see inspect). Raises ValueError on tokens or a state that
@@ -195,10 +197,11 @@ class Resona(nn.Module):
         """
         Continue a text. The prompt is read once, and nothing is computed twice.
 
-        tokens: (B, L) int64, which follow what state has read -> (B, at most L + max_new_tokens):
-        the tokens and their continuation. Each new token is the most likely one if temperature is
-        0, otherwise a sample from softmax(logits / temperature). Once a row has produced the token
-        `stop`, the rest of it is filled with `stop`; generation ends when every row has stopped.
+        tokens: (B, L) int64, which follow the text that state comes from -> (B, at most L +
+        max_new_tokens): the tokens and their continuation. Each new token is the most likely one if
+        temperature is 0, otherwise a sample from softmax(logits / temperature). Once a row has
+        produced the token `stop`, the rest of it is filled with `stop`; generation ends when every
+        row has stopped.
         """
         if type(max_new_tokens) is not int or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
@@ -214,7 +217,7 @@ class Resona(nn.Module):
                 token = logits.argmax(-1)
             else:
                 scores = at_least_float32(logits[:, 0])
-                scores = scores - scores.amax(-1, keepdim=True)  # or a quotient may be inf
+                scores = scores - scores.amax(-1, keepdim=True)  # or a quotient may be +inf
                 probs = (scores / max(temperature, 1e-30)).softmax(-1)
                 token = torch.multinomial(probs, num_samples=1, generator=generator)
             if stop is not None:
@@ -228,11 +231,11 @@ class Resona(nn.Module):
     @torch.no_grad()
     def inspect(self, tokens: Tensor, top_k: int | None = None) -> list[dict[str, Tensor]]:
         """
-        What each layer with retrieval does while it reads tokens: (B, L), one dict per such layer:
+        tokens: (B, L) -> what each layer with retrieval did while it read them, one dict for each:
 
             "index": (B, L, K)  the chunks that a token retrieves, best first, -1 where none is left
             "score": (B, L, K)  their scores, -inf where none is left
-            "share": (B, L, K)  the part of its attention that each chunk gets, mean over heads
+            "share": (B, L, K)  the fraction of its attention on each chunk, mean over heads
             "alpha": (B, L, 1)  the mixing weight
         """
         trace: list[dict[str, Tensor]] = []
@@ -266,7 +269,7 @@ class Resona(nn.Module):
             raise ValueError(f"{path} cannot be read as a Resona: {error!r:.300}") from error
         model = cls(replace(config, **changes))
         try:
-            # Clones: tied weights would share memory, and an optimizer would update it twice.
+            # Clones: weights that were tied when saved would share memory, and be updated twice.
             weights = {name: x.clone() for name, x in saved["weights"].items()}
             model.load_state_dict(weights, assign=True)
         except Exception as error:
@@ -291,7 +294,7 @@ class Resona(nn.Module):
                 theirs, ours = getattr(state.config, field.name), getattr(self.config, field.name)
                 if theirs != ours and field.name not in ("top_k", "nprobe"):
                     raise ValueError(
-                        f"state is of a model with {field.name}={theirs!r}, not {ours!r}"
+                        f"state comes from a model with {field.name}={theirs!r}, not {ours!r}"
                     )
         conv = state.layers[0].conv
         weight = self.embedding.weight
@@ -360,7 +363,7 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x: (B, L, D) -> (B, L, D), and the new state (B, W-1, D)."""
         B, L, D = x.shape
-        taps = self.weight.unbind(0)  # W times (D,)
+        taps = self.weight.unbind(0)  # W tensors (D,)
         if state is None:
             state = x.new_zeros(B, len(taps) - 1, D)
         padded = torch.cat([state, x], dim=1)  # (B, W-1+L, D)
@@ -401,9 +404,10 @@ class State:
 
     def select(self, rows: Tensor) -> State:
         """
-        The state of these rows of the batch: (n,) int64, in any order, also repeated.
+        The state of the given rows of the batch.
 
-        For beam search, to sample one prompt several times, or to drop texts that are finished.
+        rows: (n,) int64, in any order; a row may be repeated. For beam search, for sampling one
+        prompt several times, or for dropping texts that are finished.
         """
         rows = torch.as_tensor(rows)
         layers = [layer.select(rows) for layer in self.layers]
@@ -464,7 +468,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     def apply(x: Any) -> Any:
         if isinstance(x, Tensor):
             return function(x)
-        if hasattr(x, "map"):  # Memory, GrowingRows, Lists, or an object of the backbone's
+        if hasattr(x, "map"):  # Memory, GrowingRows, Lists, or an object defined by the backbone
             return x.map(function)
         if x is None or isinstance(x, (bool, int, float, str)):
             return x
@@ -485,8 +489,8 @@ class Memory:
     """
     What a branch has read: M finished chunks, and n < U waiting tokens, whose chunk is unfinished.
 
-    A GrowingRows holds a tensor, in .tensor; append returns it extended along dimension 1. The
-    drawing in Retrieval.remember shows why u holds one token more than z.
+    A GrowingRows holds a tensor, in .tensor; append returns a new one, longer along dimension 1.
+    The drawing in Retrieval.remember shows why u holds one token more than z.
     """
 
     c: GrowingRows  # (B, M, S) search keys, one per chunk
@@ -505,7 +509,7 @@ class Memory:
 
 class Retrieval(nn.Module):
     """
-    The retrieval branch. It can be put around any recurrence, inside Resona or without it.
+    The retrieval branch. It can be put beside any recurrence, inside Resona or in another model.
 
         output, memory = retrieval(z, u, y, memory=None)
 
@@ -516,15 +520,15 @@ class Retrieval(nn.Module):
     memory: what it has read, to continue from; it is never modified
 
     Chunk m is visible to the token at position p if it ended before p: (m+1)·U <= p. A token
-    attends to the tokens of the K visible chunks that score best. Each of their attention weights
-    is multiplied by the softmax of its chunk's score over the K: that is how the loss trains the
-    search (see also search_loss). α = sigmoid(linear(y, u) + trust·s) is one number per token, with
-    s the score of the best chunk and trust a learned number, so that α can depend on how well the
-    best chunk fits. α is 0 where no chunk is visible. The current token, and the tokens of chunks
-    that are not visible yet, count only through u and y.
+    attends to the tokens of the K visible chunks that score best. Before they are normalized, the
+    attention weights of a chunk's tokens are multiplied by the softmax of the K scores: through
+    this factor the loss trains the search (see also search_loss). α = sigmoid(linear(y, u) +
+    trust·s) is one number per token, with s the score of the best chunk and trust a learned number,
+    so that α can depend on how well the best chunk fits. α is 0 where no chunk is visible. The
+    current token, and the tokens of chunks that are not visible yet, count only through u and y.
 
     zero_init: multiply α by a learned gate that starts at zero, so that adding the branch to a
-    trained model leaves it unchanged at first. (α may then leave 0..1.)
+    trained model leaves it unchanged at first. (α may then fall outside [0, 1].)
     """
 
     def __init__(
@@ -568,20 +572,20 @@ class Retrieval(nn.Module):
     ) -> tuple[Tensor, Memory]:
         if not z.shape == u.shape == y.shape:
             shapes = ", ".join(str(list(x.shape)) for x in (z, u, y))
-            raise ValueError(f"z, u and y must have one shape (B, L, D), got {shapes}")
+            raise ValueError(f"z, u and y must have the same shape (B, L, D), got {shapes}")
         if top_k is None:
             top_k = self.top_k
         at_least_one("top_k", top_k)
         L = z.shape[1]
         yu = torch.cat([y, u], dim=-1)  # (B, L, 2D)
 
-        # 1. remember first: a late token of this call may need a chunk that an earlier token of it
+        # 1. remember first: a token of this call may need a chunk that an earlier one has just
         #    finished. The search goes by position: a token sees only chunks that ended before it.
         memory = self.remember(z, u, memory)
         M = memory.c.tensor.shape[1]
         offset = M * self.chunk_size + memory.z.shape[1] - L  # position of the first token here
 
-        # 2. search, by the cosine of query and key times a learned scale
+        # 2. search, by the cosine of query and key, times a learned scale
         search_q = self.logit_scale.exp() * F.normalize(self.search_q_proj(yu), dim=-1)  # (B, L, S)
         K = max(1, min(top_k, M))  # more slots would stay empty, and cost time in attend
         with no_autocast(z):  # scores rounded to 16 bits would choose other chunks
@@ -613,7 +617,7 @@ class Retrieval(nn.Module):
 
     def mixing_weight(self, yu: Tensor, score: Tensor, index: Tensor) -> Tensor:
         """yu: (B, L, 2D), score, index: (B, L, K) -> α: (B, L, 1)"""
-        found = index[..., :1] >= 0  # slots are filled from the first on
+        found = index[..., :1] >= 0  # slots are filled in order: if the first is empty, all are
         best = score[..., :1].masked_fill(~found, 0)  # before the product, as 0·(-inf) is NaN
         alpha = torch.sigmoid(self.alpha_proj(yu) + self.trust * best)
         if self.gate is not None:
@@ -625,16 +629,17 @@ class Retrieval(nn.Module):
         Append the L tokens of this call. Every U tokens, from the start of the text, make a chunk.
 
         The key of a token is made from what came before it, so that a key similar to the present
-        points to what came next. With U = 2, after the tokens $ 7 3 9 | (digits between two marks):
+        context points to the token that came next. With U = 2, after the tokens $ a b c | (letters
+        between two marks; u[a] is u at the token a):
 
             chunk        0           1        waiting
-            token j      $     7     3     9     |
-            key from     0    u[$]  u[7]  u[3]  u[9]     what came before j (0: zeros)
-            value from  z[$]  z[7]  z[3]  z[9]  z[|]     j itself
+            token j      $     a     b     c     |
+            key from     0    u[$]  u[a]  u[b]  u[c]     what came before j (0: zeros)
+            value from  z[$]  z[a]  z[b]  z[c]  z[|]     j itself
 
-        Chunks 0 and 1 are encoded. A chunk is encoded in one go, from all its u, so the inputs of
-        the token | wait for the next one: u[9] for the key of |, u[|] for the key of the next
-        token, and z[|] for the value of |.
+        Chunks 0 and 1 are encoded. A chunk is encoded in one go, when its last token has come. So
+        what the token | needs is kept until then: u[c] for its key, z[|] for its value, and u[|]
+        for the key of the token after it.
         """
         if memory is None:
             u = F.pad(u, (0, 0, 1, 0))  # a row of zeros before the first token
@@ -642,7 +647,7 @@ class Retrieval(nn.Module):
             u = torch.cat([memory.u, u], dim=1)  # (B, 1+n+L, D)
             z = torch.cat([memory.z, z], dim=1)  # (B, n+L, D)
 
-        # of the n + L tokens, those whose chunks are finished now
+        # how many of the n + L tokens lie in chunks that are finished now
         done = z.shape[1] // self.chunk_size * self.chunk_size
         if memory is not None and done == 0:
             return replace(memory, u=u, z=z)
@@ -664,11 +669,12 @@ class Retrieval(nn.Module):
         """
         u: (B, 1+M·U, D), z: (B, M·U, D) -> c: (B, M, S), k, v: (B, M, U, H, E) of M chunks.
 
-        Attention keys are shifted by one: token j has its key from u[j-1], and its value from z[j].
-        The query of the token at position t is made from y[t] and u[t]. If u[t] is like u[j-1],
-        then token j followed something like the present, and its value tells what may follow now:
-        "what came next the last time?" is a single look-up (in a Transformer, an induction head).
-        Positions are not encoded; u tells tokens apart by the few tokens before them.
+        Attention keys are shifted by one: the key of token j is made from u[j-1], its value from
+        z[j]. The query of the token at position t is made from y[t] and u[t]. If u[t] is like
+        u[j-1], then token j followed something like the present context, and its value tells what
+        may follow now: "what came next the last time?" takes a single look-up (in a Transformer,
+        two layers that form an induction head). Positions are not encoded; u tells tokens apart by
+        the few tokens before them.
         """
         B, n, D = z.shape
         shape = (B, n // self.chunk_size, self.chunk_size, self.n_head, D // self.n_head)
@@ -680,23 +686,27 @@ class Retrieval(nn.Module):
     def search_chunks(
         self, search_q: Tensor, memory: Memory, top_k: int, offset: int
     ) -> tuple[Tensor, Tensor]:
-        """Override this to search differently. Arguments and results are those of search."""
+        """
+        Override this to search differently. The keys are memory.c.tensor: (B, M, S); the other
+        arguments and the results are those of search.
+        """
         return search(search_q, memory.c.tensor, top_k, self.chunk_size, offset)
 
 
 class ChunkEncoder(nn.Module):
     """
-    One search key per chunk: proj(Σ_j u[j-1]) + mlp(u before and in the chunk), of unit length.
+    One search key per chunk: proj(Σ_j u[j-1]) + mlp(u of its tokens and of the one before), of
+    unit length.
 
     In the sum, one matrix serves every place in the chunk, so it is learned early. The MLP adds
     what depends on the order, and sees the last token's u as well.
 
-    Keys are made from u alone, not from this layer's y. y depends on all that was read so far, so
+    Keys are made from u alone, not from this layer's y. y depends on all that has been read, so
     with y the same tokens would get a different key at every position, and in texts longer than the
     training texts keys would drift away from what the search has learned. (Above the first layer,
     keys escape this only in part: u contains the y of the layers below.) Queries are made from y as
-    well, for what the last few tokens do not tell. If a query drifts, it is at least compared with
-    keys that do not.
+    well, for what the last few tokens do not reveal. If a query drifts, it is at least compared
+    with keys that do not.
     """
 
     def __init__(self, d_model: int, chunk_size: int, d_search: int):
@@ -710,7 +720,7 @@ class ChunkEncoder(nn.Module):
         )
 
     def forward(self, u: Tensor) -> Tensor:
-        """u: (B, 1+M·U, D), from one token before the first chunk -> c: (B, M, S)."""
+        """u: (B, 1+M·U, D), starting one token before the first chunk -> c: (B, M, S)."""
         U = self.chunk_size
         M = (u.shape[1] - 1) // U
         before = u[:, : M * U].unflatten(1, (M, U))  # (B, M, U, D): u[j-1] for each token j
@@ -724,11 +734,11 @@ class ChunkEncoder(nn.Module):
 #
 #     output, state = module(input, state=None)        input, output: (B, L, D)
 #
-# module(x1), then module(x2, state), must give what module gives for both at once. The module must
-# not modify the state it is given. A state consists of tensors in tuples, lists and dicts, with the
-# batch first (nn.GRU and its relatives, which have it second, work as well), or it is an object
-# with a method map (see map_tensors). Layer adds the residual connection. A model can be saved only
-# if its backbone has a name in BACKBONES.
+# module(x1), then module(x2, state), must give what module(torch.cat([x1, x2], dim=1)) gives, and
+# no output may depend on a later input. The module must not modify the state it is given. A state
+# consists of tensors in tuples, lists and dicts, with the batch first (nn.GRU and its relatives,
+# which have it second, work as well), or it is an object with a method map (see map_tensors). Layer
+# adds the residual connection. A model can be saved only if its backbone has a name in BACKBONES.
 
 
 class GatedRecurrence(nn.Module):
@@ -736,7 +746,7 @@ class GatedRecurrence(nn.Module):
     h[t] = a[t]·h[t-1] + (1-a[t])·new[t]    and y[t] = out_proj(h[t]·silu(gate[t]))
 
     with a = sigmoid(linear(u)), and new and gate linear in u. Every channel is a moving average,
-    and each token decides how fast it forgets.
+    and each token decides how fast the channel forgets.
     """
 
     def __init__(self, d_model: int):
@@ -748,7 +758,7 @@ class GatedRecurrence(nn.Module):
 
     def forward(self, u: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, new, gate = self.in_proj(u).chunk(3, dim=-1)  # (B, L, D) each
-        a = torch.sigmoid(at_least_float32(a))  # in bfloat16, 0.999 is 1, and never forgets
+        a = torch.sigmoid(at_least_float32(a))  # in bfloat16, 0.999 would be 1
         h = scan(a, new - a * new, h0)  # (B, L, D), float32 at least
         y = self.out_proj(h.to(gate.dtype) * F.silu(gate))
         return y, h[:, -1].clone()
@@ -756,10 +766,10 @@ class GatedRecurrence(nn.Module):
 
 class SelectiveSSM(nn.Module):
     """
-    The selective state-space layer of Mamba (arXiv 2312.00752), with its letters.
+    The selective state-space layer of Mamba (arXiv 2312.00752), in Mamba's notation.
 
-    A state space is a differential equation. Here every channel, with its input u, has N of them,
-    each with its own A; the N numbers B and the N numbers C are shared by all channels:
+    A state-space model is a linear differential equation. Here every channel, with its input u, has
+    N of them, each with its own A; the N numbers B and the N numbers C are shared by all channels:
 
         h'(t) = A·h(t) + B·u(t)        y(t) = Σ C·h(t) + D·u(t)        A < 0, so that h decays
 
@@ -767,10 +777,10 @@ class SelectiveSSM(nn.Module):
 
         h(t + Δ) = exp(Δ·A)·h(t) + (exp(Δ·A) - 1)/A·B·u
 
-    Mamba keeps exp(Δ·A) and takes Δ in place of (exp(Δ·A) - 1)/A, which is near it for small Δ·A.
-    That is a recurrence h = a·h + b with a = exp(Δ·A) and b = Δ·B·u, and the same scan computes it,
-    over D·N channels. Selective means that Δ, B and C are computed from the token: with a large Δ
-    the layer forgets and writes, with a small one it skips the token.
+    Mamba keeps exp(Δ·A), and replaces (exp(Δ·A) - 1)/A by Δ; for small Δ·A the two are nearly
+    equal. That is a recurrence h = a·h + b with a = exp(Δ·A) and b = Δ·B·u, and the same scan
+    computes it, over d_model·N channels. Selective means that Δ, B and C are computed from the
+    token: with a large Δ the layer forgets and writes, with a small one it skips the token.
 
     Mamba's block also has twice as many inner channels, a Δ of low rank, and a convolution, which
     here is part of Layer.
@@ -810,11 +820,11 @@ BACKBONES: dict[str, Callable[[int], nn.Module]] = {"gated": GatedRecurrence, "s
 
 def opaque(shape_of_result: Callable[..., Any]) -> Callable[[Function], Function]:
     """
-    A decorator for the parallel loops below: torch.compile runs the function as it is, and does not
-    unroll its loops. Not needed to understand them.
+    A decorator for functions below: torch.compile calls them as they are, and does not unroll their
+    loops. You can skip it.
 
     shape_of_result takes the same arguments and returns empty tensors of the result's shapes. The
-    function itself has no gradient; where one is needed, an autograd function that calls it has.
+    function itself has no gradient; where one is needed, an autograd.Function around it has it.
     """
 
     def decorate(function: Function) -> Function:
@@ -831,7 +841,7 @@ def opaque(shape_of_result: Callable[..., Any]) -> Callable[[Function], Function
 
 def scan(a: Tensor, b: Tensor, h0: Tensor | None = None) -> Tensor:
     """
-    h[:, t] = a[:, t]·h[:, t-1] + b[:, t], each channel by itself. The final state is h[:, -1].
+    h[:, t] = a[:, t]·h[:, t-1] + b[:, t], for each channel. The final state is h[:, -1].
 
     a, b: (B, L, D), L >= 1, |a| <= 1 (otherwise products of a may overflow and give NaN)
     h0: (B, D), or None for zero
@@ -989,7 +999,7 @@ def scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = F
         start[:, m] = h
         h = torch.addcmul(end[:, m], product[:, m], h)
 
-    # 3. all blocks at once again. To compute twice is cheaper than to store every product.
+    # 3. all blocks at once again. Computing twice is cheaper than storing every product.
     h_t = start
     for a_t, b_t, out_t in zip(a_steps, b_steps, out_steps, strict=True):
         h_t = torch.addcmul(b_t, a_t, h_t, out=out_t)
@@ -1002,7 +1012,7 @@ def scan_blocks(a: Tensor, b: Tensor, h0: Tensor, out: Tensor, reverse: bool = F
 def check_scan(a: Tensor, b: Tensor, h0: Tensor | None) -> None:
     if a.ndim != 3 or a.shape != b.shape or a.shape[1] < 1:
         raise ValueError(
-            f"a and b must have one shape (B, L, D) with L >= 1, got {list(a.shape)} and "
+            f"a and b must have the same shape (B, L, D) with L >= 1, got {list(a.shape)} and "
             f"{list(b.shape)}"
         )
     if h0 is not None and h0.shape != b[:, 0].shape:
@@ -1029,9 +1039,10 @@ def search(
     the chunk that ends with token p would still be causal. We hide it by convention; in copying we
     saw no difference in accuracy.
 
-    Among chunks with equal scores the choice is free. Chunks with equal keys are normally chunks of
-    the same tokens, and it makes no difference which one is attended to. (With weights that give
-    all chunks the same score, for example all zero, the state law does not hold.)
+    The choice among chunks with equal scores is unspecified. Equal scores normally come from equal
+    keys, and so from chunks of the same tokens, and it makes no difference which of them is
+    attended to. (With parameters that give all chunks the same score, for example all zero, the
+    state law does not hold.)
     """
     check_backend()
     if BACKEND == "naive":
@@ -1068,9 +1079,9 @@ def search_parallel(
     """
     The same for a block of queries at a time, so that at most about 4 million scores exist at once.
 
-    The choice of chunks has no gradient. It is made first, without a graph; then only the scores of
-    the chosen chunks are computed again, with one. So the memory of a training step grows with L·K,
-    not with L·M.
+    The choice of chunks has no gradient. It is made first, without a graph; then the scores of the
+    chosen chunks alone are computed again, with one. So the memory of a training step grows with
+    L·K, not with L·M.
     """
     check_search(q, c, top_k, chunk_size, offset)
     q, c = at_least_float32(q), at_least_float32(c)
@@ -1096,7 +1107,7 @@ def best_chunks(
 ) -> tuple[Tensor, Tensor]:
     """search_parallel without a gradient, for top_k <= max(M, 1)."""
     B, L, _ = q.shape
-    n_queries = 256 if B == 1 else 128  # in a block; fastest by trial on a CPU
+    n_queries = 256 if B == 1 else 128  # in a block; these were fastest on a CPU
     n_queries = max(1, min(n_queries, 2**22 // max(1, B * c.shape[1])))
     scores: list[Tensor] = []
     indices: list[Tensor] = []
@@ -1112,7 +1123,7 @@ def best_chunks(
 def search_block(
     q: Tensor, c: Tensor, top_k: int, chunk_size: int, offset: int
 ) -> tuple[Tensor, Tensor]:
-    """best_chunks for a few queries: one product, a mask, and the top k."""
+    """best_chunks for one block of queries: one product, a mask, and the top k."""
     L = q.shape[1]
     M = c.shape[1]
     first_sees = min(M, offset // chunk_size)  # chunks that the first query sees, the fewest
@@ -1135,7 +1146,7 @@ def search_block(
 
 def top_k_by_groups(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
-    x.topk(k) of x: (..., n), several times as fast on a CPU where n is much larger than k.
+    x: (..., n) -> x.topk(k), but several times as fast on a CPU where n is much larger than k.
 
     Put the entries into groups of 4, and choose the k groups with the largest maxima, by the same
     method. An entry of any other group is at most as large as these k maxima, so it can be left
@@ -1231,15 +1242,15 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) 
     return o
 
 
-MOST_QUERIES = 2**15  # of one attention; CUDA's kernels refuse batches of 2**16 (pytorch#142228)
+MOST_QUERIES = 2**15  # per call; on CUDA, batches of 2**16 or more fail (pytorch#142228)
 
 
 def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """
     The same with a copy of the keys and values that each query retrieved, and PyTorch's attention.
 
-    It has the fewest operations, so it is used for decoding and on GPUs. Each of the two copies is
-    K·U times as large as q.
+    It takes the fewest tensor operations, so it is used for decoding and on GPUs. Each of the two
+    copies is K·U times as large as q.
     """
     B, L, H, E = q.shape
     if k.shape[1] == 0:
@@ -1248,7 +1259,7 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     bias = log_p.to(q.dtype).repeat_interleave(k.shape[2], dim=-1)  # (B, L, K·U)
 
     row = torch.arange(B, device=q.device).view(B, 1, 1)
-    chunk = index.clamp(min=0)  # empty slots take chunk 0, with a weight of exp(-inf) = 0
+    chunk = index.clamp(min=0)  # empty slots take chunk 0, with a weight of 0
     keys = k[row, chunk].flatten(2, 3).to(q.dtype)  # (B, L, K·U, H, E)
     values = v[row, chunk].flatten(2, 3).to(q.dtype)
 
@@ -1271,8 +1282,8 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     attend_gathered on the rows of train_toy.py (16 x 220), and 2.3 times on a row of 16,384 tokens.
 
     Axes: t a query, h a head, e a channel of the head, j one of the K·U tokens that t retrieved.
-    Take three tensors w[t,h,j], q[t,h,e] and k[token j of t,h,e]. Multiply any two, sum over the
-    axis that the third lacks, and the result has the shape of the third:
+    Take three tensors w[t,h,j], q[t,h,e] and k[j(t),h,e], with j(t) for that token of t. Multiply
+    any two, sum over the axis that the third lacks, and the result has the shape of the third:
 
         dot_retrieved    Σ_e q·k  is like w       of queries and keys: the logits
         sum_retrieved    Σ_j w·k  is like q       of weights and values (in the place of k): o
@@ -1286,7 +1297,7 @@ def attend_parallel(q: Tensor, k: Tensor, v: Tensor, score: Tensor, index: Tenso
     w, chunk = attention_weights(q, k, score, index)
     v = v.to(q.dtype).flatten(0, 1)  # (B·M, U, H, E)
     o = SumRetrieved.apply(w, v, chunk)  # (T, H, E)
-    found = index[..., :1] >= 0  # slots are filled from the first on
+    found = index[..., :1] >= 0  # slots are filled in order: if the first is empty, all are
     return o.view(q.shape).masked_fill(~found.unsqueeze(-1), 0)
 
 
@@ -1294,14 +1305,15 @@ def attention_weights(
     q: Tensor, k: Tensor, score: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """
-    Weights of the K·U retrieved tokens: (T, H, K·U), and the chunks they belong to: (T, K).
+    Weights of the K·U retrieved tokens: (T, H, K·U), and the chunks they belong to: (T, K). Where
+    nothing was found, they mean nothing.
 
     The texts of the batch are joined into one here, with T = B·L queries and B·M chunks.
     """
     M, U, _, E = k.shape[1:]
     log_p, _ = log_probability(score, index)
     bias = log_p.to(q.dtype).repeat_interleave(U, dim=-1)  # (B, L, K·U)
-    chunk = number_across_batch(index.clamp(min=0), M)  # (T, K); empty slots get the weight 0
+    chunk = number_across_batch(index.clamp(min=0), M)  # (T, K); in an empty slot, chunk 0
     q = q.flatten(0, 1) / math.sqrt(E)  # (T, H, E)
     k = k.to(q.dtype).flatten(0, 1)  # (B·M, U, H, E)
     logits = DotRetrieved.apply(q, k, chunk) + bias.flatten(0, 1).unsqueeze(1)  # (T, H, K·U)
@@ -1311,7 +1323,7 @@ def attention_weights(
 @torch.no_grad()
 def attention_shares(q: Tensor, k: Tensor, score: Tensor, index: Tensor) -> Tensor:
     """
-    The share of the attention that each retrieved chunk got, mean over heads: (B, L, K).
+    The share of the attention that each retrieved chunk gets, averaged over heads: (B, L, K).
 
     The arguments are those of attend. A token's shares sum to 1, or are 0 if nothing was found.
     """
@@ -1325,22 +1337,22 @@ def attention_shares(q: Tensor, k: Tensor, score: Tensor, index: Tensor) -> Tens
 
 def search_loss(trace: list[dict[str, Tensor]]) -> Tensor:
     """
-    How badly the search predicts the attention. In training, add it to the task's loss:
+    How badly the search predicts the attention. In training, add it to the task loss:
 
         trace = []
         logits, _ = model(tokens, trace=trace)
         loss = F.cross_entropy(...) + weight * search_loss(trace)
 
-    -> a number: Σ -share·log softmax(score) over the K chunks of a token, mean over all tokens, sum
-    over layers. The gradient goes through the scores alone; the shares count as constants.
+    -> a number: Σ -share·log softmax(score) over the K chunks of a token, averaged over all tokens
+    and summed over layers. The gradient goes through the scores alone; the shares are constants.
 
-    Why the task's loss is not enough: it needs the right chunk among the K, but not in first place,
-    since attention by itself can tell it from the others. So nothing keeps that chunk from sliding
-    down in the ranking until K others are ahead of it; and a chunk that is not retrieved gets no
-    gradient that could lift it up again. With this loss, the search learns from attention which
-    chunk counts, and puts it first. The weight should grow from zero (in train_toy.py, to 0.1), as
-    at first attention has nothing to teach. (DeepSeek-V3.2, arXiv 2512.02556, trains its indexer
-    this way, too.)
+    Why the task loss is not enough: it needs the right chunk to be among the K, but not in first
+    place, since attention alone can tell that chunk from the others. So nothing keeps that chunk
+    from sliding down in the ranking until K others are ahead of it; and a chunk that is not
+    retrieved gets no gradient that could lift it up again. With this loss, the search learns from
+    attention which chunk counts, and puts it first. The weight should grow from zero (in
+    train_toy.py, to 0.1), as at first attention has nothing to teach. (DeepSeek-V3.2, arXiv
+    2512.02556, trains its indexer this way, too.)
     """
     total = torch.zeros(())
     for searched in trace:
@@ -1352,7 +1364,7 @@ def search_loss(trace: list[dict[str, Tensor]]) -> Tensor:
 
 def log_probability(score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """score, index: (B, L, K) -> log softmax(score), and whether anything was found: (B, L, 1)."""
-    found = index[..., :1] >= 0  # slots are filled from the first on
+    found = index[..., :1] >= 0  # slots are filled in order: if the first is empty, all are
     score = score.masked_fill(~found, 0)  # log_softmax of a row of only -inf would be NaN
     return score.log_softmax(-1), found
 
@@ -1432,12 +1444,13 @@ def shape_of_dot_retrieved(q, k, chunk):
 @opaque(shape_of_dot_retrieved)
 def dot_retrieved(q: Tensor, k: Tensor, chunk: Tensor) -> Tensor:
     """
-    Σ_e q[t,h,e]·k[token j of t,h,e].  q: (T, H, E), k: (chunks, U, H, E), chunk: (T, K)
+    Σ_e q[t,h,e]·k[j(t),h,e].  q: (T, H, E), k: (chunks, U, H, E), chunk: (T, K)
     -> (T, H, K·U).
 
-    Keys are gathered for as many queries at a time as fit into a processor's cache. They stay in
-    the layout (tokens, H·E); a query is spread into a matrix with one row per head, zero outside
-    that head's own channels. That takes H times the multiplications, but no transposition of keys.
+    Keys are gathered for one block of queries at a time, so that they fit into a processor's cache.
+    They stay in the layout (tokens, H·E); a query is spread into a matrix with one row per head,
+    zero outside that head's own channels. That takes H times the multiplications, but no
+    transposition of keys.
     """
     T, H, E = q.shape
     U = k.shape[1]
@@ -1461,7 +1474,7 @@ def shape_of_sum_retrieved(w, v, chunk):
 @opaque(shape_of_sum_retrieved)
 def sum_retrieved(w: Tensor, v: Tensor, chunk: Tensor) -> Tensor:
     """
-    Σ_j w[t,h,j]·v[token j of t,h,e].  w: (T, H, K·U), v: (chunks, U, H, E), chunk: (T, K)
+    Σ_j w[t,h,j]·v[j(t),h,e].  w: (T, H, K·U), v: (chunks, U, H, E), chunk: (T, K)
     -> (T, H, E).
 
     embedding_bag computes weighted sums of rows of a table without copying the rows. The table is
@@ -1523,18 +1536,18 @@ def sum_retrievers(w: Tensor, q: Tensor, chunk: Tensor, n_chunks: int) -> Tensor
 # ==================================================================================================
 # Approximate search: an inverted file (IVF, as in FAISS), worthwhile above about 30,000 chunks
 #
-# Similar chunks are put into one list, as the index of a book lists the pages of a word. A query is
-# compared with one vector per list, and then only with the chunks in the lists that fit it best.
+# Similar chunks are put into the same list, as a book's index lists the pages with a word. A query
+# is compared with one vector per list, and then only with the chunks in the lists that fit it best.
 
-SAMPLE = 16  # the lists are made from the first SAMPLE·nlist chunks
-OUTLIERS = 1024  # one in this many of these chunks is below the threshold: an outlier
+SAMPLE = 16  # the centroids are made from the first SAMPLE·nlist chunks
+OUTLIERS = 1024  # the threshold makes one in this many of them an outlier
 
 
 @dataclass(frozen=True)
 class Lists:
     """Which chunks are alike."""
 
-    centroids: Tensor  # (B, nlist, S) one per list: the direction of the mean of its chunks' keys
+    centroids: Tensor  # (B, nlist, S) one per list: direction of the mean of its first keys
     threshold: Tensor  # (B, 1) a chunk less similar than this to every centroid is an outlier
     member: GrowingRows  # (B, M) the list of each chunk, nlist if it is an outlier
 
@@ -1557,17 +1570,18 @@ class IVFRetrieval(Retrieval):
     in the nprobe lists whose centroids are the most similar.
 
     Centroids are made from the first nlist·SAMPLE chunks, 8,192 by default, and a query that sees
-    fewer chunks than these searches exactly. A chunk joins the list of its nearest centroid when it
-    is finished (those first ones when the centroids are made), and stays there. So the lists that a
-    query uses depend only on chunks that are visible to it: causality and the state law hold.
+    fewer chunks than that is searched exactly. A chunk joins the list of its nearest centroid when
+    it is finished (those first ones when the centroids are made), and stays there. So the lists
+    that a query uses depend only on chunks that are visible to it: causality and the state law
+    hold.
 
     A chunk unlike every centroid would join a list that says little about it, and a query that
     wants it would probably not probe that list. Yet rare content is often what is looked up. So
     such outliers have a list of their own, which every query searches.
 
-    The cost: nlist dot products, one more for each chunk probed, and a look at the list number of
-    every chunk. It is made for CPUs: a GPU would have to wait at every list. It needs float64,
-    which Apple's MPS lacks.
+    The cost: nlist dot products, one more for each chunk in the lists probed, and a look at the
+    list number of every chunk. It is made for CPUs: a GPU would have to wait at every list. It
+    needs float64, which Apple's MPS lacks.
     """
 
     def __init__(
@@ -1607,7 +1621,7 @@ def update_lists(c: Tensor, nlist: int, lists: Lists | None = None) -> Lists | N
     """
     The lists of the chunks with keys c: (B, M, S), or None if M is too small for centroids.
 
-    lists: what an earlier call returned, of fewer chunks of the same texts
+    lists: what an earlier call returned for the first of these chunks
     """
     n_sample = SAMPLE * nlist
     if c.shape[1] < n_sample:
@@ -1624,7 +1638,7 @@ def update_lists(c: Tensor, nlist: int, lists: Lists | None = None) -> Lists | N
 
 
 def make_lists(sample: Tensor, nlist: int) -> Lists:
-    """Lists without members, from chunk keys (B, SAMPLE·nlist, S), by k-means with cosines."""
+    """Lists without members, from chunk keys (B, SAMPLE·nlist, S), by spherical k-means."""
     centroids = sample[:, ::SAMPLE]
     for _ in range(8):
         _, member = nearest(sample, centroids, 1)
@@ -1641,8 +1655,8 @@ def nearest(x: Tensor, centroids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """
     x: (B, L, S), centroids: (B, nlist, S) -> similarity and list of the n most similar: (B, L, n).
 
-    In float64, so that equal keys join the same list in whichever call they come: how a product in
-    float32 is rounded depends on how many vectors are multiplied at once.
+    In float64, so that equal keys join the same list no matter which call they come in: how a
+    product in float32 is rounded depends on how many vectors are multiplied at once.
     """
     return (x.double() @ centroids.double().mT).float().topk(n)
 
@@ -1711,7 +1725,7 @@ def probe_lists(
             hidden = chunks[n_seen_by_all:] >= n_visible[query].unsqueeze(1)
             new_score[:, n_seen_by_all:].masked_fill_(hidden, -math.inf)
 
-            gains = new_score.amax(1) > score[query, -1]  # the others have better ones already
+            gains = new_score.amax(1) > score[query, -1]  # the others have top_k at least as good
             query, new_score = query[gains], new_score[gains]
             new_score, at = top_k_by_groups(new_score, min(top_k, len(chunks)))
 
@@ -1732,12 +1746,12 @@ class GrowingRows:
     """
     A tensor (B, n, ...) that grows along n as a list does, mostly without copying what is there.
 
-    In decoding, torch.cat would copy the whole text at every token. Here the rows are the start
-    of a buffer with room behind them. append writes into the room and returns new GrowingRows on
-    the same buffer; these rows do not change. They hand their buffer on to their first append, if
-    it is long enough. Any other append copies into a new buffer, twice as long as needed.
+    In decoding, torch.cat would copy all keys and values each time a chunk is finished. Here the
+    rows are the start of a buffer with room after them. append writes into the room and returns new
+    GrowingRows on the same buffer; the old rows do not change. Their first append takes over their
+    buffer, if it is long enough. Any other append copies into a new one, twice as long as needed.
 
-    With gradients enabled, under torch.compile, and for another dtype, append is torch.cat.
+    With gradients enabled, under torch.compile, or for another dtype, append is torch.cat.
     """
 
     def __init__(self, tensor: Tensor, buffer: Tensor | None = None):
@@ -1747,11 +1761,11 @@ class GrowingRows:
         self.room = [] if buffer is None else [buffer]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickled without the room, for a process that shares the memory cannot share the list."""
+        """Pickled without the room: processes that share the tensor could not share self.room."""
         return {"tensor": self.tensor, "room": []}
 
     def append(self, new: Tensor) -> GrowingRows:
-        """torch.cat([rows, new], dim=1) of new: (B, m, ...)."""
+        """new: (B, m, ...) -> GrowingRows of torch.cat([rows, new], dim=1)"""
         old = self.tensor
         n = old.shape[1]
         end = n + new.shape[1]
@@ -1763,7 +1777,7 @@ class GrowingRows:
         except IndexError:
             buffer = None
         if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled():
-            buffer = None  # what was made in inference mode can be written only there
+            buffer = None  # a tensor made in inference mode can be written only in inference mode
         if buffer is None or buffer.shape[1] < end:
             buffer = old.new_empty(old.shape[0], 2 * end, *old.shape[2:])
             buffer[:, :n] = old
@@ -1794,7 +1808,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def import_kernels(x: Tensor) -> Any:
-    """The module kernels, if BACKEND allows it for a tensor on this device, and it is there."""
+    """The module kernels, if BACKEND allows it for x's device and it can be imported, or None."""
     if BACKEND == "torch" or (BACKEND == "auto" and not x.is_cuda):
         return None
     try:
@@ -1830,7 +1844,7 @@ def check_retrieval(
 
 def at_least_one(name: str, value: int) -> None:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r:.60}")
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r:.60}")
 
 
 # for torch.load(weights_only=True) of a state

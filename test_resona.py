@@ -1,11 +1,11 @@
 """What Resona promises, as tests:  python -m pytest test_resona.py
 
-They need no GPU. `python -m pytest` alone also runs those in evidence/, under three minutes in all.
-With SLOW=1 in the environment it runs the notebook, the compile gate of the kernels, and cases
-drawn at random as well, two minutes more.
+They need no GPU. `python -m pytest` without arguments also runs those in evidence/, which takes
+under three minutes in all. With SLOW=1 in the environment it also runs the notebook, the compile
+gate of the kernels, and cases drawn at random, which takes two minutes more.
 
     1. definitions         the loops, against equations written out here
-    2. laws                what holds for every model, and how it is used
+    2. laws                what holds for every model, and its methods
     3. fast equals slow    every parallel version against its loop, values and gradients
     4. kernels             the Triton versions against the loops
     5. the toy             train_toy.py and the notebook
@@ -22,10 +22,10 @@ If you change              run  python -m pytest test_resona.py -k ...
     generate, inspect      "generate or stop or inspect"
     load, what is refused  "load or refused"
     kernels.py             "kernel"
-    train_toy.py           "copy or bilingual or equal_parameters or learning_rate or sample"
+    train_toy.py           "copy or bilingual or parameters or rate or sample or training"
     tutorial.ipynb         "notebook"
 
-then everything: what changes in one place often shows in another.
+Then run everything: a change in one place often shows up in another.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def one_line(error, call, *words):
 
 
 def python(*arguments, folder=HERE):
-    """Run a fresh Python in a folder, without the interpreter of Triton."""
+    """Run Python in a new process, in a folder, without Triton's interpreter."""
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, *arguments]
@@ -147,7 +147,7 @@ SIZES: dict[str, Any] = {
 
 
 def small_model(backbone: Any = "gated", vocab_size=11, **changes):
-    """A model of SIZES but for the changes, in float64, whose α sees the best score."""
+    """A float64 model of SIZES, apart from the changes, whose α depends on the best score."""
     fields = {**SIZES, **changes}
     model = Resona(ResonaConfig(vocab_size, backbone=backbone, **fields)).double()
     for branch in branches(model):
@@ -1218,7 +1218,7 @@ def test_a_training_step_and_generation_stay_on_one_device(backbone):
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
-@pytest.mark.filterwarnings("ignore:Triton is not used")
+@pytest.mark.filterwarnings("ignore:PyTorch is used instead of Triton")
 @pytest.mark.parametrize("backbone", ["gated", "ssm", "transformer"])
 @torch.no_grad()
 def test_reading_and_generation_stay_on_a_fake_gpu(backbone):
@@ -1332,7 +1332,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
     one_line(ValueError, lambda: small_model(gru).save(path), "callable backbone")
     assert not path.exists()
     small_model().save(path)
-    one_line(ValueError, lambda: Resona.load(path, top_k=0), "top_k", "at least 1")
+    one_line(ValueError, lambda: Resona.load(path, top_k=0), "top_k", ">= 1")
     one_line(ValueError, lambda: Resona.load(path, d_model=32), "top_k", "not d_model")
     one_line(ValueError, lambda: Resona.load(path, colour=3), "top_k", "not colour")
 
@@ -2035,7 +2035,8 @@ def changed_kernels(tmp_path, line, replacement) -> Any:
 def test_the_selftest_refuses_a_broken_kernel(selftest, line, replacement, tmp_path):
     device = torch.device(DEVICE)
     module = changed_kernels(tmp_path, line, replacement)
-    with pytest.warns(UserWarning, match=f"Triton is not used, {selftest} failed: ") as warned:
+    said = f"instead of Triton; {selftest} failed with torch.float32 on "
+    with pytest.warns(UserWarning, match=said) as warned:
         assert not module.works(getattr(module, selftest), device, torch.float32)
         assert not module.works(getattr(module, selftest), device, torch.float32)
     assert len(warned) == 1  # asked once

@@ -1,19 +1,19 @@
-"""Train a recurrence, the same recurrence with retrieval, and a Transformer to copy strings.
+"""Train a recurrence, the same with retrieval, and a Transformer to copy strings, or to translate.
 
     python train_toy.py                                    # all three: 1.5 minutes on two cores
     python train_toy.py --task bilingual                   # a task that needs both halves of Resona
     python train_toy.py --resume                           # continue after Ctrl-C or a crash
     torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes
 
-It ends with a table of accuracies and, in copying, one string written out by each model. Files in
+It ends with a table of accuracies and, for copying, a string written out by each model. Files in
 --out:
 
     results.json      accuracies, training times, parameter counts
     <task>.png        accuracy by length (needs matplotlib)
     <model>.pt        trained weights, for Resona.load (for the Transformer, import this file first)
-    <model>.train.pt  the state of the training, for --resume
+    <model>.train.pt  the training state, for --resume
 
-On one CPU, the same flags and the same number of threads give the same numbers, bit for bit.
+On the same CPU, the same flags and the same number of threads give the same numbers, bit for bit.
 """
 
 import argparse
@@ -29,8 +29,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-# Threads that wait spin for some microseconds, then sleep. If they spun on, as OpenMP's do, another
-# busy process on the machine would make training several times slower. (Linux; read by torch.)
+# Waiting threads spin for some microseconds, then sleep. By default they spin much longer, and then
+# another busy process makes training several times slower. (Linux; libgomp reads this when torch
+# loads it.)
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -52,17 +53,17 @@ BATCH = 16  # rows per step
 ROW = 220  # tokens per row of copying
 WARMUP = 19  # steps of linear warm-up to the peak learning rate; then linear decay to zero
 BETAS = (0.9, 0.99)  # AdamW
-DECAY = 0.01  # weight decay, so small that all parameters have it
-CLIP = 1.0  # largest norm of the gradient
-TRAIN_TOP_K = 8  # chunks retrieved per token in training; after it, ResonaConfig's top_k
-SEARCH_LOSS = 0.1  # weight of resona.search_loss at the end of the training; zero at the start
+DECAY = 0.01  # weight decay, small enough for all parameters
+CLIP = 1.0  # maximum norm of the gradient
+TRAIN_TOP_K = 8  # chunks retrieved per token in training; in testing, ResonaConfig's top_k
+SEARCH_LOSS = 0.1  # weight of resona.search_loss at the end of training; zero at the start
 SAVE_EVERY = 100  # steps between saves for --resume
 
 # copying
-COPY_STEPS = 400  # enough for all but the recurrence to level off at 32 letters
+COPY_STEPS = 400  # enough for all but the recurrence to level off on strings of 32 letters
 COPY_LR = {"recurrence": 3e-2, "resona": 3e-3, "transformer": 1e-2}  # at the peak
 COPY_CONFIG = {"chunk_size": 2}  # changes to ResonaConfig: a finer search, for long strings
-COPY_LETTERS = (4, 32)  # shortest and longest string of the training
+COPY_LETTERS = (4, 32)  # shortest and longest string in training
 COPY_TESTS = [32, 64, 128, 256, 512]  # letters per string
 SAMPLE = 40  # letters of the string that is written out at the end
 
@@ -70,11 +71,11 @@ SAMPLE = 40  # letters of the string that is written out at the end
 BILINGUAL_STEPS = 800
 BILINGUAL_LR = {"recurrence": 1e-2, "resona": 3e-3, "transformer": 3e-3}  # at the peak
 BILINGUAL_CONFIG = {"chunk_size": 2}
-BILINGUAL_ENTRIES = (4, 16)  # smallest and largest dictionary of the training
+BILINGUAL_ENTRIES = (4, 16)  # smallest and largest dictionary in training
 BILINGUAL_TESTS = [16, 32]  # entries per dictionary
 
 # ==================================================================================================
-# Fixed things
+# Constants
 
 IGNORE = -100  # the target of a token that is not scored
 START, SEPARATOR, END = 26, 27, 28  # $ | . in the drawings; letters are 0 to 25
@@ -135,7 +136,7 @@ class Copying:
         return packed(rng, copy_string, shortest, longest)
 
     def test(self, rng: Rng, length: int) -> dict[str, Rows]:
-        """One string per row: 128 rows; for strings above 32 letters fewer, but at least 16."""
+        """One string per row: 128 rows, fewer for strings of more than 32 letters, at least 16."""
         n_rows = min(128, max(16, 4096 // length))
         strings = [copy_string(rng, length) for _ in range(n_rows)]
         tokens = [string[0] for string in strings]
@@ -214,16 +215,17 @@ class Bilingual:
     """Translate words with a dictionary, into the language that was last asked for.
 
     A row starts with a dictionary: words, each with its translations into two languages. Then come
-    questions: a word of the dictionary or, about once in `stay` tokens, a sign that says into which
-    language to translate from there on.
+    questions, words of the dictionary, and about once in `stay` tokens a sign, which says which
+    language to translate into from there on.
 
     inputs   b K S  a O T  f M O  2  a b b f 1  a f    small letters: words, tokens 0 to 31
     targets  - - -  - - -  - - -  -  T S S O -  O M    capitals: translations, tokens 32 to 63
                                                        1, 2: signs, tokens 64 and 65
                                                        -: nothing is scored
 
-    A state of fixed size can carry the language but not the dictionary. Retrieval finds the word,
-    but not which of two signs, each seen many times, came last. Answers are never in the input.
+    A recurrence learns to carry the language in its state, but not the dictionary. Retrieval finds
+    the word, but not which of two signs, each seen many times, came last. Targets are never part of
+    the input.
     """
 
     vocab_size = 66
@@ -290,7 +292,7 @@ def bilingual_row(rng: Rng, entries: int, questions: int, stay: int) -> Rows:
 class CausalAttention(nn.Module):
     """The Transformer's backbone: causal attention with rotary positions (arXiv 2104.09864).
 
-    Same call as a recurrence, but its state, all keys and values so far, grows with the text.
+    It is called like a recurrence, but its state, all keys and values so far, grows with the text.
     """
 
     def __init__(self, d_model: int, n_head: int = 4):
@@ -380,7 +382,7 @@ def make_model(
     if name == "recurrence":
         other["backbone"] = backbone
 
-    with torch.device("meta"):  # models without memory, only to count
+    with torch.device("meta"):  # models without storage, only to count parameters
         size = size_of(build())
         d_model = 8
         while size_of(build(d_model=d_model + 8, d_ff=int(1.5 * (d_model + 8)), **other)) <= size:
@@ -414,7 +416,8 @@ def search_weight(step: int, steps: int) -> float:
 def train(name: str, model: Resona, task: Task, args: argparse.Namespace) -> float:
     """Train a model and save it to <out>/<name>.pt -> seconds of training.
 
-    With one seed, all models see the same batches. With args.resume, continues from the last save.
+    With the same seed, all models see the same batches. With args.resume, continues from the last
+    save.
     """
     optimizer = make_optimizer(model, args.device)
     rng = np.random.default_rng([args.seed, 0])
@@ -496,7 +499,7 @@ def train_step(
     """
     optimizer.param_groups[0]["lr"] = lr
     n_rows = len(inputs)
-    n_scored = (targets != IGNORE).sum()  # in the whole batch, not only in the share
+    n_scored = (targets != IGNORE).sum()  # in the whole batch, not only in this process's share
     if WORLD > 1:
         inputs = inputs[RANK::WORLD]
         targets = targets[RANK::WORLD]
@@ -552,7 +555,7 @@ def all_reduce_gradients(model: nn.Module) -> None:
 
 
 def write(path: Path, save: Callable[[Any], Any]) -> None:
-    """Let `save` write to a buffer and that to `path`, which stays whole even if we are killed.
+    """Let `save` write to a buffer, and write that to `path`, which stays whole if we are killed.
 
     A new file beside it is flushed to the disk, then renamed. The buffer is there because on a full
     disk torch.save fails less clearly than write does. Only the first of several processes writes.
@@ -578,7 +581,7 @@ def save_training(
     optimizer: torch.optim.Optimizer,
     rng: Rng,
 ) -> None:
-    """Write all that restore needs to continue bit for bit."""
+    """Write everything that restore needs to continue bit for bit."""
     state = {
         "run": run,
         "losses": losses,
@@ -597,12 +600,12 @@ def restore(
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in the file
         if saved["run"] != run:
-            raise ValueError(f"it is of another run: {saved['run']}; this one: {run}")
+            raise ValueError(f"it is from another run ({saved['run']}); this run is {run}")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         rng.bit_generator.state = saved["rng"]
         return saved["losses"], saved["seconds"]
-    except Exception as error:  # torch.load has many
+    except Exception as error:  # torch.load raises many kinds
         message = f"--resume cannot use {path}: {type(error).__name__}: {error}"
         raise UserError(message) from error
 
@@ -703,7 +706,7 @@ def table(report: dict[str, Any], task: Task) -> list[str]:
 
 
 def draw(path: Path, report: dict[str, Any], task: Task) -> str:
-    """Draw the table as a figure -> a line that says so, or why not."""
+    """Draw the table as a figure -> a line that says where it is, or why there is none."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -764,10 +767,11 @@ def mark_wrong(written: list[int], answer: list[int]) -> str:
 
 
 def retrieval_lines(model: Resona, text: Tensor, n: int) -> list[str]:
-    """The chunk that Resona retrieved to write each of the last n tokens of text: (1, length).
+    """The best chunk of those that a layer retrieved to write each of the last n tokens.
 
-    One column per token: from top to bottom the tokens of the chunk, with the token that was
-    written as a capital. With chunks of 2, and "cat." written after "$cat|":
+    text: (1, length). The layer is that of most_telling. One column per token: from top to bottom
+    the tokens of the chunk; where one is the token written, it is a capital. With chunks of 2, and
+    "cat." written after "$cat|":
 
     resona         cat.
       retrieved    $Aa|    the c is the second token of the chunk $c, the a the first one of at
@@ -829,9 +833,9 @@ def make_parser(tasks: Any = TASKS, models: Any = MODELS) -> argparse.ArgumentPa
     add("--backbone", choices=backbones, default="gated", help="the recurrence (default: gated)")
     add("--steps", type=int, help="training steps of each model (default: the task's own)")
     add("--lr", type=float, help="peak learning rate (default: each model's own)")
-    add("--seed", type=int, default=0, help="of weights and data (default: 0)")
-    add("--lengths", type=int, nargs="+", metavar="N", help="of tests (default: the task's own)")
-    add("--device", default=device, help=f"cpu, cuda, cuda:1, mps, ... (default: {device})")
+    add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
+    add("--lengths", type=int, nargs="+", metavar="N", help="to test (default: the task's own)")
+    add("--device", default=device, help=f"cpu, cuda, cuda:N or mps (default: {device})")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     add("--resume", action="store_true", help="continue from the last saves in --out")
     add(
@@ -845,7 +849,7 @@ def make_parser(tasks: Any = TASKS, models: Any = MODELS) -> argparse.ArgumentPa
 
 
 def prepare(args: argparse.Namespace, task: Task) -> None:
-    """Put the flags into the task; refuse bad ones before any work is done."""
+    """Apply the flags to the task; refuse bad ones before any work is done."""
     if args.lengths:
         task.lengths = args.lengths
     if args.steps is not None:
@@ -877,7 +881,7 @@ def check_device(device: str) -> None:
     if torch.backends.mps.is_available():
         devices += ["mps"]
     if device not in devices:
-        raise UserError(f"--device {device}: this machine has {', '.join(devices)}")
+        raise UserError(f"--device {device}: this machine has only {', '.join(devices)}")
 
 
 def join_processes(args: argparse.Namespace) -> None:
@@ -888,24 +892,25 @@ def join_processes(args: argparse.Namespace) -> None:
         n_gpus = torch.cuda.device_count()
         if LOCAL_WORLD > n_gpus:
             raise UserError(
-                f"torchrun started {LOCAL_WORLD} processes for {n_gpus} GPU(s), one each; "
-                f"use --nproc_per_node={n_gpus}, or --device cpu"
+                f"torchrun started {LOCAL_WORLD} processes, but each needs a GPU of its own, and "
+                f"there are {n_gpus}; use --nproc_per_node={n_gpus}, or --device cpu"
             )
         args.device = f"cuda:{LOCAL_RANK}"
         torch.cuda.set_device(LOCAL_RANK)
     elif args.device != "cpu":
-        raise UserError(f"--device {args.device} is for one process; several take cuda or cpu")
+        raise UserError(f"--device {args.device} is for one process; for several, use cuda or cpu")
     try:
         distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"cannot connect {WORLD} processes (torchrun does): {error}") from error
+        message = f"cannot connect {WORLD} processes (did torchrun start them?): {error}"
+        raise UserError(message) from error
 
 
 def main(argv: list[str]) -> None:
     """Run with these flags.
 
-    A mistake prints one line and exits with status 2; Ctrl-C prints the command that continues the
-    run and exits with 130.
+    On an error, it prints one line and exits with status 2; on Ctrl-C, it prints the command that
+    continues the run, and exits with 130.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -944,5 +949,5 @@ def stop(number: int, frame: Any) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of --out
+        sys.stdout.reconfigure(errors="replace")  # the terminal may lack a character of --out
     main(sys.argv[1:])

@@ -1,7 +1,8 @@
-"""Can a module be a backbone? Call this before you train with one of your own:
+"""Can a module be a backbone? Call this before you train with a backbone of your own:
 
-from evidence.check_backbone import check_backbone
-check_backbone(nn.GRU(64, 64, batch_first=True), d_model=64)
+    from evidence.check_backbone import check_backbone
+
+    check_backbone(nn.GRU(64, 64, batch_first=True), d_model=64)
 """
 
 from copy import deepcopy
@@ -14,7 +15,7 @@ from resona import map_tensors
 
 
 def check_backbone(module: nn.Module, d_model: int) -> None:
-    """Raise ValueError, with one line, if a module cannot be a backbone."""
+    """Raise ValueError, with a message of one line, if a module cannot be a backbone."""
     module = deepcopy(module).eval()
     like = next(module.parameters(), torch.empty(0))
     x = torch.randn(2, 6, d_model, dtype=like.dtype, device=like.device)
@@ -39,8 +40,8 @@ def check_backbone(module: nn.Module, d_model: int) -> None:
         def check_batch(part: Tensor) -> Tensor:
             if part.shape[batch_dim : batch_dim + 1] != (2,):
                 raise ValueError(
-                    "backbone's state must have the batch first, where state.select chooses rows, "
-                    f"got a tensor of shape {list(part.shape)} for a batch of 2"
+                    "backbone's state must have the batch as its first dimension, from which "
+                    f"state.select takes rows; got shape {list(part.shape)} for a batch of 2"
                 )
             return part
 
@@ -55,29 +56,30 @@ def check_backbone(module: nn.Module, d_model: int) -> None:
                 "backbone changes the state that it is given; it must return a new one"
             )
         if not close(torch.cat([first, second], dim=1), y[:, :5]):
-            raise ValueError("backbone breaks the state law: in two calls it gives another output")
+            raise ValueError("backbone breaks the state law: two calls give other outputs than one")
         last, _ = module(x[:, 5:], later)
         if not close(last, y[:, 5:]):
             raise ValueError("backbone breaks the state law for a single token")
 
-        # 5. two rows of a state chosen in the other order. (Two layers, or two heads, before the
-        # batch have the size of a batch of two, too.)
+        # 5. the two rows of a state, swapped. (A first dimension of two layers, or of two heads,
+        # passes step 3, because the batch is two as well.)
         _, state = module(x[:, :3])
         other_order = torch.tensor([1, 0], device=x.device)
         state = map_tensors(lambda part: part.index_select(batch_dim, other_order), state)
         rest, _ = module(x[other_order, 3:], state)
         if not close(rest, y[other_order, 3:]):
             raise ValueError(
-                "backbone's state must have the batch first, where state.select chooses rows"
+                "backbone's state must have the batch as its first dimension, from which "
+                "state.select takes rows"
             )
 
 
 def check_result(result: Any, x: Tensor) -> tuple[Tensor, Any]:
-    """Raise ValueError unless the result is an output, of the shape of x, and a state."""
-    if not isinstance(result, tuple) or len(result) != 2 or result[1] is None:
-        raise ValueError(
-            f"backbone must return an output and a state that is not None, got {type(result)}"
-        )
+    """Raise ValueError unless the result is a pair: an output with the shape of x, and a state."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"backbone must return an output and a state, got {type(result)}")
+    if result[1] is None:
+        raise ValueError("backbone must return a state that is not None")
     y, state = result
     if not isinstance(y, Tensor) or y.shape != x.shape:
         shape = list(getattr(y, "shape", []))

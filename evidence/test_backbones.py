@@ -78,8 +78,8 @@ class Wrapped(nn.Module):
         (Bad("forgets"), ["state law"]),
         (Bad("single"), ["single token"]),
         (Bad("nan"), ["not finite"]),
-        (Bad("batch last"), ["batch first"]),
-        (Wrapped(4), ["batch first"]),
+        (Bad("batch last"), ["batch as its first dimension"]),
+        (Wrapped(4), ["batch as its first dimension"]),
         (Bad("cache"), ["tensors in tuples", "map"]),
     ],
 )

@@ -216,7 +216,7 @@ def test_what_does_not_fit_or_cannot_be_done_is_refused():
     double, wide, many = x.double(), rand(1, 5, 129), x[:1].expand(65536, -1, -1)
     for call, words in [
         (lambda: scan(double, double), "float64"),
-        (lambda: scan(many, many), "65536 rows"),
+        (lambda: scan(many, many), "a batch of 65536"),
         (lambda: search(double, double, 1, 1), "float64"),
         (lambda: search(x, x, 65, 1), "top_k up to 64 and S up to 128, got 65"),
         (lambda: search(wide, wide, 1, 1), "top_k up to 64 and S up to 128, got 1 and 129"),
@@ -307,7 +307,8 @@ def test_the_selftest_is_asked_once_and_not_traced(recwarn):
         assert torch.equal(function(torch.zeros(2)), torch.ones(2))
     assert len(asked) == 1
     said = [str(warning.message) for warning in recwarn if "Triton" in str(warning.message)]
-    assert said == ["Triton is not used, fails failed: no C compiler is installed"]
+    failed = "fails failed with torch.float32 on cpu: no C compiler is installed"
+    assert said == [f"PyTorch is used instead of Triton; {failed}"]
 
 
 def test_the_selftest_does_not_see_the_modes_of_its_first_caller():

@@ -326,7 +326,7 @@ def test_each_process_takes_the_gpu_of_its_place_on_its_machine(tmp_path, monkey
 def test_two_processes_on_one_gpu_are_refused(tmp_path, monkeypatch):
     for rank in range(2):
         joined = Joined(monkeypatch, rank, rank, world=2, local_world=2, n_gpus=1)
-        with pytest.raises(train_toy.UserError, match="2 processes for 1 GPU"):
+        with pytest.raises(train_toy.UserError, match="a GPU of its own, and there are 1"):
             joined.prepare(tmp_path, "cuda")
         with pytest.raises(train_toy.UserError, match="cuda:0 is for one process"):
             joined.prepare(tmp_path, "cuda:0")
@@ -382,7 +382,7 @@ def test_devices_that_do_not_exist_are_refused_with_those_that_do(device, monkey
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(train_toy.UserError) as caught:
         train_toy.check_device(device)
-    message = f"--device {device}: this machine has cpu, cuda, cuda:0, cuda:1"
+    message = f"--device {device}: this machine has only cpu, cuda, cuda:0, cuda:1"
     assert str(caught.value) == message
 
 
