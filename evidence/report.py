@@ -157,12 +157,11 @@ def comparison(
 
 def plain_row(task: str, tests: Sequence[str], model: str) -> list[str]:
     score = BITS if task in IN_BITS else ACCURACY
-    return [MODELS[model].label, *means(runs(task, model), tests, score, bold=model == "resona")]
+    return [MODELS[model].label, *means(runs(task, model), tests, score)]
 
 
-def means(runs: list[Result], tests: Sequence[str], score: str, bold: bool = False) -> list[str]:
-    cells = [spread_mean(scores(runs, test, score)) for test in tests]
-    return [f"**{cell}**" if bold and cell != MISSING else cell for cell in cells]
+def means(runs: list[Result], tests: Sequence[str], score: str) -> list[str]:
+    return [spread_mean(scores(runs, test, score)) for test in tests]
 
 
 def spread_mean(values: Sequence[float], digits: int = 3) -> str:
@@ -241,27 +240,6 @@ def text_plain() -> Lines:
     pairs = [difference(bits_of("resona", test), bits_of("recurrence", test)) for test in TEXT]
     rows.append(["Resona minus recurrence alone, ± standard error", *pairs])
     return markdown(["bits per byte", "512 bytes", "2,048 bytes", "8,192 bytes"], rows)
-
-
-def search_loss_plain() -> Lines:
-    """Overwritten values with and without search_loss, and the seeds that learned them."""
-    tests = ["8 kept", "8 new"]
-    without = [f"ablations/overwritten/no-search-loss/seed-{seed}" for seed in SEEDS]
-    all_seeds = runs("overwritten", "resona")
-    rows = []
-    for label, found in (
-        ("without `search_loss`", results(without)),
-        ("with `search_loss`, the same seeds", all_seeds[: len(SEEDS)]),
-        ("**with `search_loss`**", all_seeds),
-    ):
-        cells = []
-        for test in tests:
-            values = scores(found, test)
-            reached = f"{sum(value >= LEARNED for value in values)} of {len(values)} seeds"
-            cells += [spread_mean(values), reached if values else MISSING]
-        rows.append([label, *cells])
-    bar = f"reached {LEARNED}"
-    return markdown(["training", "unchanged values", bar, "new values", bar], rows)
 
 
 def choice_plain() -> Lines:
@@ -616,7 +594,6 @@ TABLES: dict[str, Callable[[], Lines]] = {
     ),
     "bilingual plain": bilingual_plain,
     "text plain": text_plain,
-    "search loss plain": search_loss_plain,
     "choice plain": choice_plain,
     "mqar": lambda: comparison("mqar", MQAR, WITH_SSM),
     "overwritten": lambda: comparison("overwritten", OVERWRITTEN),
