@@ -833,9 +833,9 @@ def make_parser(tasks: Any = TASKS, models: Any = MODELS) -> argparse.ArgumentPa
     add("--backbone", choices=backbones, default="gated", help="the recurrence (default: gated)")
     add("--steps", type=int, help="training steps of each model (default: the task's own)")
     add("--lr", type=float, help="peak learning rate (default: each model's own)")
-    add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
-    add("--lengths", type=int, nargs="+", metavar="N", help="to test (default: the task's own)")
-    add("--device", default=device, help=f"cpu, cuda, cuda:N or mps (default: {device})")
+    add("--seed", type=int, default=0, help="of weights and data (default: 0)")
+    add("--lengths", type=int, nargs="+", metavar="N", help="of tests (default: the task's own)")
+    add("--device", default=device, help=f"cpu, cuda, cuda:1, mps, ... (default: {device})")
     add("--out", type=Path, default=Path("out"), help="folder to write to (default: out)")
     add("--resume", action="store_true", help="continue from the last saves in --out")
     add(
