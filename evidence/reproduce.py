@@ -475,10 +475,15 @@ def folder_of(job: Job) -> Path:
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether a file was changed since; "" outside of git."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit that is checked out, with "-dirty" if a source file differs; "" outside of git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("describe", "--always") + ("-dirty" if changed else "")
     except OSError:
         return ""
 
