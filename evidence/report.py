@@ -252,7 +252,7 @@ def choice_plain() -> Lines:
             time = times.get(length, {}).get(label)
             speed = [f"{time[kind]:,.0f}" if time else MISSING for kind in ("prefill", "decoding")]
             rows.append([f"{int(length):,}", CHOICES[label], *accuracy, *speed])
-    headings = ["tokens", "", "copying", "MQAR", "bilingual", "prefill, µs", "decoding, µs"]
+    headings = ["tokens", "model", "copying", "MQAR", "bilingual", "prefill", "decoding"]
     return markdown(headings, rows)
 
 
