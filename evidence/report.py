@@ -656,6 +656,8 @@ def filled(page: str) -> str:
             raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
         return "\n".join([start, "", *TABLES[name](), "", end])
 
+    if len(MARK.findall(page)) != len(re.findall("<!-- +(?:table|number|end)", page)) / 2:
+        raise ValueError("a mark has no end, or is broken by the end of a line")
     return MARK.sub(fill, page)
 
 

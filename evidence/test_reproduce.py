@@ -461,6 +461,7 @@ def test_tables_hold_what_the_results_hold(results):
     line = next(x for x in report.comparison("copy", ["32", "64"]) if "Resona" in x)
     assert line == "| **Resona** | 3 | 0.003 | 0.982 (0.028) | - |"
     assert report.number("copy resona 32") == "0.982"
+    assert report.number("copy resona 32 sequence_accuracy") == "0.000"
     line = report.learned("copy", "resona", ["32"])[-1]
     assert line == "| 32 | 0.982 (0.028) | 2 of 3 |"
 
@@ -482,6 +483,19 @@ def test_check_sees_a_table_that_a_hand_has_changed(results, tmp_path, monkeypat
     page.write_text(page.read_text().replace("0.999", "1.000", 1))
     assert report.main(["--check"]) == 1
     assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!-- number copy resona 32 -->1.000<!-- end\n--> and a table",
+        "<!-- number\ncopy resona 32 -->1.000",
+        "<!-- table copy -->\n\nand a table",
+    ],
+)
+def test_a_mark_without_an_end_is_refused(page):
+    with pytest.raises(ValueError, match="a mark has no end"):
+        report.filled(f"{page} <!-- table copy -->\n<!-- end -->\n")
 
 
 def test_the_tables_of_the_pages_are_those_of_the_results(capsys):
