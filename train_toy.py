@@ -1,7 +1,7 @@
 """Train a recurrence, the same with retrieval, and a Transformer to copy strings, or to translate.
 
     python train_toy.py                                    # all three: 1.5 minutes on two cores
-    python train_toy.py --task bilingual                   # a task that needs both halves of Resona
+    python train_toy.py --task bilingual                   # shows what the recurrence is good for
     python train_toy.py --resume                           # continue after Ctrl-C or a crash
     torchrun --standalone --nproc_per_node=2 train_toy.py  # the same training on two processes
 
@@ -224,8 +224,8 @@ class Bilingual:
                                                        -: nothing is scored
 
     A recurrence learns to carry the language in its state, but not the dictionary. Retrieval finds
-    the word, but not which of two signs, each seen many times, came last. Targets are never part of
-    the input.
+    the word, but is slow to learn which of two signs, each seen many times, came last. Targets are
+    never part of the input.
     """
 
     vocab_size = 66
