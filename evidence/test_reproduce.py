@@ -500,3 +500,65 @@ def test_a_mark_without_an_end_is_refused(page):
 
 def test_the_tables_of_the_pages_are_those_of_the_results(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# Sentences of README.md and evidence/README.md whose numbers are typed by hand
+
+
+def stored(name):
+    found = report.result(name)
+    if found is None:
+        pytest.skip(f"no result {name} of this version")
+    return found
+
+
+def bits(model, test, tests="tests"):
+    return np.mean([run[tests][test][report.BITS] for run in report.runs("text", model)])
+
+
+def test_the_text_sentences_hold():
+    """Resona saves 11 to 20%, K = 16 another 2 to 5%, but costs 7 to 17% on repeated passages."""
+    saved = [1 - bits("resona", test) / bits("recurrence", test) for test in report.TEXT]
+    assert 0.105 < min(saved) and max(saved) < 0.205
+    changed = {
+        test: bits("resona", test, "tests, k = 16") / bits("resona", test) - 1
+        for test in (*report.TEXT, *report.AGAIN)
+    }
+    for test in report.TEXT:
+        assert -0.055 < changed[test] < -0.015
+    for test in report.AGAIN:
+        assert 0.065 < changed[test] < 0.175
+    starts = [bits("resona", f"from {n}") > bits("recurrence", f"from {n}") for n in (0, 64, 128)]
+    assert starts == [True, True, False]  # worse in the first 128 bytes
+
+
+def test_the_cost_sentences_hold():
+    """Attention is faster up to about 1,000 tokens, in decoding up to about 8,000."""
+    by_length = stored("cost/by-length")
+    for kind, below, above in (
+        ("training", "256", "4096"),
+        ("prefill", "1024", "4096"),
+        ("decoding", "4096", "16384"),
+    ):
+        times = by_length[kind]
+        assert times["attention"][below] < times["Resona"][below]
+        assert times["attention"][above] > times["Resona"][above]
+    times = stored("choice/times")
+    resona, nope = "resona k=4", "nope"  # which is not in cost/by-length
+    assert times["512"][nope]["prefill"] < times["512"][resona]["prefill"]
+    assert times["2048"][nope]["prefill"] > times["2048"][resona]["prefill"]
+    assert times["2048"][nope]["decoding"] < 0.5 * times["2048"][resona]["decoding"]
+    assert 0.9 < times["8192"][nope]["decoding"] / times["8192"][resona]["decoding"] < 1.1
+
+
+def test_the_sentences_about_memory_and_approximate_search_hold():
+    memory = stored("cost/ratios")["memory"]
+    assert 0.95 < memory["Resona, checkpointed"]["MiB"] / memory["Resona"]["MiB"] < 1
+    given_back = memory["Resona, blocks given back"]
+    assert memory["Resona, checkpointed, blocks given back"]["MiB"] < 0.6 * given_back["MiB"]
+    assert 1.8 < given_back["seconds"] / memory["Resona"]["seconds"] < 2.2
+    for one in stored("search/against-exact-16384").values():
+        assert one["ivf_ms"] > one["exact_ms"]
+    for one in stored("search/against-exact-524288").values():
+        assert 6.5 < one["exact_ms"] / one["ivf_ms"] < 7.5
