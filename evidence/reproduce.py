@@ -85,7 +85,7 @@ COMPARISONS = {
         Comparison("copy", WITH_SSM, 60),
         Comparison("copy-long", ("recurrence",), 330),
         Comparison("bilingual", WITH_SSM, 110, more_seeds={"resona": 8}),
-        Comparison("bilingual-long", ("recurrence", "retrieval", "transformer", "nope"), 200),
+        Comparison("bilingual-long", COMPARED, 200),
         Comparison("text", (*COMPARED, "narrow"), 170, seeds=5),
         Comparison("overwritten", COMPARED, 160, more_seeds={"resona": 8}),
         Comparison("mqar", WITH_SSM, 90, more_seeds={"resona": 8}),
