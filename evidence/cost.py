@@ -63,7 +63,8 @@ LONG_ROW = 65536  # tokens
 SEARCHED = 16384  # tokens, of the search alone
 
 # choice and choice_times
-EQUAL_SIZE = ("resona", "transformer", "nope", "ssm-1", "ssm-4", "ssm-16")  # of evidence.models
+# of evidence.models
+EQUAL_SIZE = ("recurrence", "resona", "transformer", "nope", "ssm-1", "ssm-4", "ssm-16")
 CONTEXTS = (512, 2048, 8192)  # tokens
 TESTED = 32768  # tokens in all the rows of a test, which are 64 at most
 TOP_KS = (1, 2, 4, 8, 16, 32)  # chunks retrieved per token in the tests

@@ -67,7 +67,10 @@ for n in EXPANSIONS:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a model consists of. All are as large as Resona on `gated`, but for the narrow ones."""
+    """What a model consists of. All but the narrow ones are as large as Resona.
+
+    That is, as Resona on the same recurrence; others, as Resona on `gated`.
+    """
 
     label: str  # in tables
     backbone: str  # a name in BACKBONES

@@ -266,6 +266,7 @@ def choice() -> None:
         "resona ivf": ("Resona, inverted file", SKY, "o:"),
         "transformer": ("Transformer, rotary", RED, "v"),
         "nope": ("Transformer, no positions", GREEN, "d"),
+        "recurrence": ("recurrence alone", PINK, "^"),
         "ssm": ("selective SSM, N = 1, 4, 16", GREY, "s--"),
     }
     figure, axes = plt.subplots(3, 3, figsize=(9, 7.2), sharex=True, sharey=True)

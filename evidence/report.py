@@ -249,7 +249,7 @@ def choice_plain() -> Lines:
     times = result("choice/times") or {}
     rows = []
     for length in ("512", "8192"):
-        for label in ("ssm-16", "transformer", "nope", "resona k=4"):
+        for label in ("recurrence", "transformer", "nope", "resona k=4"):
             accuracy = [spread_mean(choice_scores(task, length, label)) for task in CHOICE_TASKS]
             time = times.get(length, {}).get(label)
             speed = [f"{time[kind]:,.0f}" if time else MISSING for kind in ("prefill", "decoding")]
@@ -512,6 +512,7 @@ def ratios() -> Lines:
 
 
 CHOICES = {  # label of evidence.cost.choice -> in the table
+    "recurrence": "recurrence alone",
     "ssm-1": "selective SSM, N = 1",
     "ssm-4": "selective SSM, N = 4",
     "ssm-16": "selective SSM, N = 16",

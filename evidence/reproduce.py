@@ -310,10 +310,10 @@ def fingerprints(job: Job) -> dict[str, str]:
         script = fingerprint((*MODEL, "evidence.tasks"), names, sizes)
     else:
         more = str((train_toy.COPY_LR, train_toy.BILINGUAL_LR))
-        starts = (function, *CHOSEN)
-        if function == "toy_output":  # which runs train_toy.py as a program
-            starts += ("main",)
-        script = fingerprint((*MODEL, *SCRIPTS, module), starts, more)
+        if function == "toy_output":  # runs train_toy.py
+            script = fingerprint(("resona", "train_toy"), ("main", *CHOSEN), more)
+        else:
+            script = fingerprint((*MODEL, *SCRIPTS, module), (function, *CHOSEN), more)
     return {"fingerprint": fingerprint(MODEL, ("measure",)), "script": script}
 
 

@@ -4,7 +4,7 @@
     python -m evidence.run --task text --model narrow        # one of models.py
     python -m evidence.run --task recall --sweep             # with each learning rate of RATES
     python -m evidence.run --ablate "no recurrence" --seeds 3     # copying, with one thing changed
-    python -m evidence.run --task bilingual --backbone ssm   # on another recurrence
+    python -m evidence.run --task bilingual --model resona-ssm    # on another recurrence
     python -m evidence.run --task text --data my_book.txt    # instead of Python's own sources
 
 Training, flags and the files in --out are those of train_toy.py. The learning rate of a model is

@@ -63,7 +63,8 @@ def test_ratios_are_measured():
 
 @pytest.mark.usefixtures("tiny")
 def test_choice_has_accuracy_and_cost_of_every_model(tmp_path):
-    labels = {"transformer", "nope", "ssm-1", "ssm-4", "ssm-16", "resona k=1", "resona k=4"}
+    labels = {"recurrence", "transformer", "nope", "resona k=1", "resona k=4"}
+    labels |= {"ssm-1", "ssm-4", "ssm-16"}
     with_ivf = labels | {"resona ivf k=1", "resona ivf k=4"}
     results = [cost.choice(task, 0, tmp_path) for task in ("copy", "mqar", "bilingual")]
     for result in (*results, cost.choice_times(tmp_path)):
