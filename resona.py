@@ -522,10 +522,11 @@ class Retrieval(nn.Module):
     Chunk m is visible to the token at position p if it ended before p: (m+1)·U <= p. A token
     attends to the tokens of the K visible chunks that score best. Before they are normalized, the
     attention weights of a chunk's tokens are multiplied by the softmax of the K scores: through
-    this factor the loss trains the search (see also search_loss). α = sigmoid(linear(y, u) +
-    trust·s) is one number per token, with s the score of the best chunk and trust a learned number,
-    so that α can depend on how well the best chunk fits. α is 0 where no chunk is visible. The
-    current token, and the tokens of chunks that are not visible yet, count only through u and y.
+    this factor, and through s in α, the loss trains the search (see also search_loss). α =
+    sigmoid(linear(y, u) + trust·s) is one number per token, with s the score of the best chunk and
+    trust a learned number, so that α can depend on how well the best chunk fits. α is 0 where no
+    chunk is visible. The current token, and the tokens of chunks that are not visible yet, count
+    only through u and y.
 
     zero_init: multiply α by a learned gate that starts at zero, so that adding the branch to a
     trained model leaves it unchanged at first. (α may then fall outside [0, 1].)
@@ -1036,8 +1037,7 @@ def search(
     no chunk is left, -inf and -1. Raises ValueError on sizes that do not fit.
 
     Chunk m is visible to the query at position p if the chunk ended before p: (m+1)·U <= p. Showing
-    the chunk that ends with token p would still be causal. We hide it by convention; in copying we
-    saw no difference in accuracy.
+    the chunk that ends with token p would still be causal. We hide it by convention.
 
     The choice among chunks with equal scores is unspecified. Equal scores normally come from equal
     keys, and so from chunks of the same tokens, and it makes no difference which of them is

@@ -21,10 +21,10 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9
 SKY, PINK = "#56B4E9", "#CC79A7"
 STYLES = {  # model -> label, colour, line
     "recurrence": ("recurrence alone", GREY, "s--"),
-    "narrow": ("recurrence, Resona's width", PINK, "x--"),
+    "narrow": ("recurrence alone,\nas wide as Resona's", PINK, "x--"),
     "retrieval": ("retrieval alone", ORANGE, "^-."),
-    "transformer": ("Transformer, rotary", RED, "v--"),
-    "nope": ("Transformer, no positions", GREEN, "d:"),
+    "transformer": ("Transformer,\nrotary positions", RED, "v--"),
+    "nope": ("Transformer,\nno positions", GREEN, "d:"),
     "resona": ("Resona", BLUE, "o-"),
 }
 plt.rcParams.update({"font.size": 11, "figure.dpi": 100, "figure.constrained_layout.use": True})
@@ -198,7 +198,7 @@ def text_places() -> None:
     ax.set(
         xticks=[32, 128, 512, 2048, 8192],
         xticklabels=["32", "128", "512", "2k", "8k"],
-        xlabel="position in the text, bytes",
+        xlabel="position in the window, bytes",
         ylabel="bits per byte",
     )
     ax.minorticks_off()
@@ -238,13 +238,13 @@ def cost() -> None:
         "attention": (RED, "v--"),
     }
     ticks = [5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.4))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.6))
     for ax, (kind, models) in zip(axes, kinds.items(), strict=True):
         for name, by_length in models.items():
             colour, line = style[name]
             lengths = [int(n) for n in by_length]
-            label = "Transformer,\nrotary positions" if name == "attention" else name
-            ax.loglog(lengths, list(by_length.values()), line, color=colour, label=label)
+            times = list(by_length.values())
+            ax.loglog(lengths, times, line, color=colour, label=report.COST_LABELS[name])
         ax.set_xscale("log", base=2)
         ax.set(title=kind, xlabel="tokens")
         lengths = [256, 1024, 4096, 16384, 65536]
@@ -253,7 +253,8 @@ def cost() -> None:
         ax.set(yticks=shown, yticklabels=[f"{tick:,}" for tick in shown])
         ax.minorticks_off()
     axes[0].set_ylabel("µs per token, batch 1, one thread")
-    axes[1].legend(frameon=False, fontsize=9.5)
+    handles = axes[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False, fontsize=10)
     figure.savefig(PICTURES / "cost.png")
 
 
@@ -264,7 +265,7 @@ def choice() -> None:
     style = {  # start of the labels -> label, colour, line
         "resona k=": ("Resona, K = 1 to 32", BLUE, "o-"),
         "resona ivf": ("Resona, inverted file", SKY, "o:"),
-        "transformer": ("Transformer, rotary", RED, "v"),
+        "transformer": ("Transformer, rotary positions", RED, "v"),
         "nope": ("Transformer, no positions", GREEN, "d"),
         "recurrence": ("recurrence alone", PINK, "^"),
         "ssm": ("selective SSM, N = 1, 4, 16", GREY, "s--"),

@@ -152,7 +152,8 @@ def comparison(
         found = runs(task, model)
         cells = [spread(scores(found, test, score)) for test in tests]
         rows.append([MODELS[model].label, str(len(found)), rate_of(task, model), *cells])
-    return markdown(["", "seeds", "rate", *(headings or tests)], rows)
+    headings = headings or [test.replace(" long", ", long rows") for test in tests]
+    return markdown(["", "seeds", "rate", *headings], rows)
 
 
 def plain_row(task: str, tests: Sequence[str], model: str) -> list[str]:
@@ -477,6 +478,14 @@ def rate_cell(swept: dict[float, float], rate: float) -> str:
     return f"**{text}**" if is_best else text
 
 
+COST_LABELS = {  # of evidence.cost -> in tables and figures
+    "recurrence": "recurrence alone",
+    "Resona": "Resona",
+    "Resona, ivf": "Resona, inverted file",
+    "attention": "Transformer, rotary positions",
+}
+
+
 def cost_by_length() -> Lines:
     found = result("cost/by-length") or {}
     rows = []
@@ -484,8 +493,10 @@ def cost_by_length() -> Lines:
     for kind, models in found.items():
         for model, by_length in models.items():
             cells = [f"{by_length[n]:.0f}" if n in by_length else MISSING for n in lengths]
-            rows.append([f"{kind}, {model}", *cells])
-    return markdown(["µs a token", *(f"{int(n):,}" for n in lengths)], rows)
+            rows.append([f"{kind}, {COST_LABELS[model]}", *cells])
+    lines = markdown(["µs a token", *(f"{int(n):,}" for n in lengths)], rows)
+    about = "Microseconds per token by length, for training, prefill and decoding"
+    return lines if not found else [*lines, "", f"![{about}](pictures/cost.png)"]
 
 
 def ratios() -> Lines:
@@ -500,8 +511,9 @@ def ratios() -> Lines:
             cells = [f"{time:.0f}" for time in times]
             cells += [f"{one['attention / Resona']:.2f}", f"{one['Resona / recurrence']:.2f}"]
             rows.append([f"{kind}, {size}", *cells])
-    headings = [f"{name}, µs a token" for name in ("recurrence", "Resona", "attention")]
-    lines = markdown(["", *headings, "attention / Resona", "Resona / recurrence"], rows)
+    models = ("recurrence", "Resona", "attention")
+    headings = [f"{COST_LABELS[model]}, µs a token" for model in models]
+    lines = markdown(["", *headings, "Transformer / Resona", "Resona / recurrence"], rows)
     rows = [
         [name, f"{one['MiB']:,.0f}", f"{one['seconds']:.1f}"]
         for name, one in found["memory"].items()
