@@ -562,3 +562,13 @@ def test_the_sentences_about_memory_and_approximate_search_hold():
         assert one["ivf_ms"] > one["exact_ms"]
     for one in stored("search/against-exact-524288").values():
         assert 6.5 < one["exact_ms"] / one["ivf_ms"] < 7.5
+
+
+def test_the_sentences_about_overwritten_values_hold():
+    """Six of eight seeds reach 0.95, two have 0.90 and 0.84; without search_loss, one of three."""
+    reached = report.scores(report.runs("overwritten", "resona"), "8 new")
+    assert len(reached) == 8 and min(reached[:3]) >= 0.95
+    assert [round(value, 2) for value in reached if value < 0.95] == [0.84, 0.90]
+    names = [f"ablations/overwritten/no-search-loss/seed-{seed}" for seed in range(3)]
+    without = report.scores(report.results(names), "8 new")
+    assert [value >= 0.95 for value in without] == [True, False, False]
