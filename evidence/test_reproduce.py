@@ -572,3 +572,14 @@ def test_the_sentences_about_overwritten_values_hold():
     names = [f"ablations/overwritten/no-search-loss/seed-{seed}" for seed in range(3)]
     without = report.scores(report.results(names), "8 new")
     assert [value >= 0.95 for value in without] == [True, False, False]
+
+
+def test_the_sentences_about_trained_models_hold():
+    """The branch copies 32 letters without a mistake, and text costs 2% more bits."""
+    found = [stored(f"pretrained/seed-{seed}") for seed in range(3)]
+    assert all(one["and then on strings and text"]["copied 32"] == 1 for one in found)
+    before, after = (
+        np.mean([one[stage]["bits"] for one in found])
+        for stage in ("trained on text", "and then on strings and text")
+    )
+    assert 1.01 < after / before < 1.025
