@@ -2229,7 +2229,7 @@ def test_the_sample_marks_wrong_letters_and_shows_retrieved_chunks(monkeypatch):
     assert right == [
         "resona        cat.   4 of 4 right",
         "  retrieved   $Aa|   each column: layer 1's best chunk,",
-        "              CtTc   a capital where it holds the letter written",
+        "              CtTc   capital where it holds the letter written",
     ]
     wrong = train_toy.sample_lines("resona", parrot([2, 1, 19, 25], monkeypatch), string)
     assert wrong[:2] == ["resona        cbtz   2 of 4 right", "               ^ ^"]

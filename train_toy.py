@@ -789,7 +789,7 @@ def retrieval_lines(model: Resona, text: Tensor, n: int) -> list[str]:
     labels = ["  retrieved", *[""] * (len(lines) - 1)]
     lines = [f"{label:<14}{line}" for label, line in zip(labels, lines, strict=True)]
     lines[0] += f"   each column: layer {layer}'s best chunk,"
-    lines[-1] += "   a capital where it holds the letter written"
+    lines[-1] += "   capital where it holds the letter written"
     return lines
 
 

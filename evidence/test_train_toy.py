@@ -154,7 +154,7 @@ def test_bilingual_runs(tmp_path, capsys):
     train_toy.main([*flags, "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert set(results["recurrence"]) == {"8", "8 long"}
-    assert "by entries" in capsys.readouterr().out
+    assert "by number of entries" in capsys.readouterr().out
 
 
 def test_output_is_at_most_100_columns_of_ascii(tmp_path, monkeypatch, capsys):
