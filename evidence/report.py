@@ -152,8 +152,12 @@ def comparison(
         found = runs(task, model)
         cells = [spread(scores(found, test, score)) for test in tests]
         rows.append([MODELS[model].label, str(len(found)), rate_of(task, model), *cells])
-    headings = headings or [test.replace(" long", ", long rows") for test in tests]
-    return markdown(["", "seeds", "rate", *headings], rows)
+    return markdown(["", "seeds", "rate", *(headings or headings_of(tests))], rows)
+
+
+def headings_of(tests: Sequence[str]) -> list[str]:
+    """"Long" means longer rows in the name of a test, and more steps in that of a task."""
+    return [test.replace(" long", ", long rows") for test in tests]
 
 
 def plain_row(task: str, tests: Sequence[str], model: str) -> list[str]:
@@ -412,7 +416,7 @@ def ablations(task: str, tests: Sequence[str], labels: Iterable[str], score: str
         names = [f"ablations/{task}/{file_name(label)}/seed-{seed}" for seed in SEEDS]
         found = results(names) if label != "nothing" else runs(task, "resona")[: len(SEEDS)]
         rows.append([label, *(spread(scores(found, test, score)) for test in tests)])
-    return markdown(["changed", *tests], rows)
+    return markdown(["changed", *headings_of(tests)], rows)
 
 
 def ablations_copy() -> Lines:
