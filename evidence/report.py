@@ -156,7 +156,7 @@ def comparison(
 
 
 def headings_of(tests: Sequence[str]) -> list[str]:
-    """"Long" means longer rows in the name of a test, and more steps in that of a task."""
+    """Those of tests. (In the name of a test, "long" means longer rows; of a task, more steps.)"""
     return [test.replace(" long", ", long rows") for test in tests]
 
 
