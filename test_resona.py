@@ -1,7 +1,7 @@
 """What Resona promises, as tests:  python -m pytest test_resona.py
 
 They need no GPU. `python -m pytest` without arguments also runs those in evidence/, which takes
-under three minutes in all. With SLOW=1 in the environment it also runs the notebook, the compile
+three and a half minutes in all. With SLOW=1 in the environment it also runs the notebook, the compile
 gate of the kernels, and cases drawn at random, which takes two minutes more.
 
     1. definitions         the loops, against equations written out here
