@@ -1,8 +1,8 @@
 """What Resona promises, as tests:  python -m pytest test_resona.py
 
 They need no GPU. `python -m pytest` without arguments also runs those in evidence/, which takes
-three and a half minutes in all. With SLOW=1 in the environment it also runs the notebook, the compile
-gate of the kernels, and cases drawn at random, which takes two minutes more.
+three and a half minutes in all. With SLOW=1 in the environment it also runs the notebook, the
+compile gate of the kernels, and cases drawn at random, which takes two minutes more.
 
     1. definitions         the loops, against equations written out here
     2. laws                what holds for every model, and its methods
