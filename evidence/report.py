@@ -649,15 +649,11 @@ def number(name: str) -> str:
 
     A test of several words has _ between them: "bilingual resona 16_long". The score is accuracy,
     or bits in a task of text, unless a fourth word names it: "copy resona 512 sequence_accuracy".
-    A run with something changed: "ablations/overwritten no-search-loss 8_new".
     """
-    task, kind, test, *score = name.split()
-    if task.startswith("ablations/"):
-        found = results(f"{task}/{kind}/seed-{seed}" for seed in SEEDS)
-    else:
-        found = runs(task, kind)
-    usual = BITS if task.split("/")[-1] in IN_BITS else ACCURACY
-    return spread_mean(scores(found, test.replace("_", " "), score[0] if score else usual))
+    task, model, test, *named = name.split()
+    usual = BITS if task in IN_BITS else ACCURACY
+    score = named[0] if named else usual
+    return spread_mean(scores(runs(task, model), test.replace("_", " "), score))
 
 
 # --------------------------------------------------------------------------------------------------
