@@ -236,9 +236,9 @@ def bilingual_plain() -> Lines:
     for model in COMPARED:
         longer = plain_row("bilingual-long", tests[:2], model)[1:]
         rows.append([*plain_row("bilingual", tests, model), *longer])
-    headings = ["16 entries", "long rows", "32 entries"]
-    headings += [f"{heading}, 3,200 steps" for heading in headings[:2]]
-    return markdown(["token accuracy after 800 steps", *headings], rows)
+    short = [f"{heading}, 800 steps" for heading in ("16 entries", "long rows", "32 entries")]
+    long = [f"{heading}, 3,200 steps" for heading in ("16 entries", "long rows")]
+    return markdown(["token accuracy", *short, *long], rows)
 
 
 def text_plain() -> Lines:
@@ -247,20 +247,6 @@ def text_plain() -> Lines:
     pairs = [difference(bits_of("resona", test), bits_of("recurrence", test)) for test in TEXT]
     rows.append(["Resona minus recurrence alone, ± standard error", *pairs])
     return markdown(["bits per byte", "512 bytes", "2,048 bytes", "8,192 bytes"], rows)
-
-
-def choice_plain() -> Lines:
-    """Accuracy and cost of four models, at the shortest and the longest of the lengths."""
-    times = result("choice/times") or {}
-    rows = []
-    for length in ("512", "8192"):
-        for label in ("recurrence", "transformer", "nope", "resona k=4"):
-            accuracy = [spread_mean(choice_scores(task, length, label)) for task in CHOICE_TASKS]
-            time = times.get(length, {}).get(label)
-            speed = [f"{time[kind]:,.0f}" if time else MISSING for kind in ("prefill", "decoding")]
-            rows.append([f"{int(length):,}", CHOICES[label], *accuracy, *speed])
-    headings = ["tokens", "model", "copying", "MQAR", "bilingual", "prefill", "decoding"]
-    return markdown(headings, rows)
 
 
 # of evidence/README.md
@@ -613,7 +599,6 @@ TABLES: dict[str, Callable[[], Lines]] = {
     ),
     "bilingual plain": bilingual_plain,
     "text plain": text_plain,
-    "choice plain": choice_plain,
     "mqar": lambda: comparison("mqar", MQAR, WITH_SSM),
     "overwritten": lambda: comparison("overwritten", OVERWRITTEN),
     "overwritten learned": lambda: learned("overwritten", "resona", OVERWRITTEN),
