@@ -249,6 +249,19 @@ def text_plain() -> Lines:
     return markdown(["bits per byte", "512 bytes", "2,048 bytes", "8,192 bytes"], rows)
 
 
+def choice_plain() -> Lines:
+    """Accuracy and cost of four models, in the longest texts."""
+    times = (result("choice/times") or {}).get("8192", {})
+    rows = []
+    for label in ("recurrence", "transformer", "nope", "resona k=4"):
+        accuracy = [spread_mean(choice_scores(task, "8192", label)) for task in CHOICE_TASKS]
+        kinds = ("prefill", "decoding") if label in times else ()
+        speed = [f"{times[label][kind]:,.0f}" for kind in kinds] or [MISSING] * 2
+        rows.append([CHOICES[label], *accuracy, *speed])
+    headings = ["8,192 tokens", "copying", "MQAR", "bilingual", "prefill, µs", "decoding, µs"]
+    return markdown(headings, rows)
+
+
 # of evidence/README.md
 
 
@@ -599,6 +612,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     ),
     "bilingual plain": bilingual_plain,
     "text plain": text_plain,
+    "choice plain": choice_plain,
     "mqar": lambda: comparison("mqar", MQAR, WITH_SSM),
     "overwritten": lambda: comparison("overwritten", OVERWRITTEN),
     "overwritten learned": lambda: learned("overwritten", "resona", OVERWRITTEN),
