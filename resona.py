@@ -1346,11 +1346,12 @@ def search_loss(trace: list[dict[str, Tensor]]) -> Tensor:
     -> a number: Σ -share·log softmax(score) over the K chunks of a token, averaged over all tokens
     and summed over layers. The gradient goes through the scores alone; the shares are constants.
 
-    Why the task loss is not enough: it needs the right chunk to be among the K, but not in first
-    place, since attention alone can tell that chunk from the others. So nothing keeps that chunk
-    from sliding down in the ranking until K others are ahead of it; and a chunk that is not
-    retrieved gets no gradient that could lift it up again. With this loss, the search learns from
-    attention which chunk counts, and puts it first. The weight should grow from zero (in
+    Why the task loss is not enough: it trains the search only as long as attention cannot tell the
+    retrieved chunks apart by itself. Once the match of attention query and keys singles out the
+    right token, the loss hardly depends on how its chunk is ranked. So the chunk can slide down
+    until K others are ahead of it; and a chunk that is not retrieved gets no gradient that could
+    lift it up again. With this loss, the search learns from attention which chunk counts, and puts
+    it first. The weight should grow from zero (in
     train_toy.py, to 0.1), as at first attention has nothing to teach. (DeepSeek-V3.2, arXiv
     2512.02556, trains its indexer this way, too.)
     """

@@ -230,23 +230,14 @@ def headline() -> Lines:
 
 
 def bilingual_plain() -> Lines:
-    """Bilingual, after the usual number of steps, and after four times as many."""
-    tests = BILINGUAL[:3]
+    """Bilingual with 16 entries, after the usual number of steps, and after four times as many."""
+    tests = BILINGUAL[:2]
     rows = []
     for model in COMPARED:
-        longer = plain_row("bilingual-long", tests[:2], model)[1:]
+        longer = plain_row("bilingual-long", tests, model)[1:]
         rows.append([*plain_row("bilingual", tests, model), *longer])
-    short = [f"{heading}, 800 steps" for heading in ("16 entries", "long rows", "32 entries")]
-    long = [f"{heading}, 3,200 steps" for heading in ("16 entries", "long rows")]
-    return markdown(["token accuracy", *short, *long], rows)
-
-
-def text_plain() -> Lines:
-    """Bits of plain text, and what Resona saves of the recurrence's."""
-    rows = [plain_row("text", TEXT, model) for model in COMPARED]
-    pairs = [difference(bits_of("resona", test), bits_of("recurrence", test)) for test in TEXT]
-    rows.append(["Resona minus recurrence alone, ± standard error", *pairs])
-    return markdown(["bits per byte", "512 bytes", "2,048 bytes", "8,192 bytes"], rows)
+    headings = ["after 800 steps", "long rows", "after 3,200 steps", "long rows"]
+    return markdown(["token accuracy, 16 entries", *headings], rows)
 
 
 def choice_plain() -> Lines:
@@ -611,7 +602,6 @@ TABLES: dict[str, Callable[[], Lines]] = {
         "bilingual-long", BILINGUAL, COMPARISONS["bilingual-long"].models
     ),
     "bilingual plain": bilingual_plain,
-    "text plain": text_plain,
     "choice plain": choice_plain,
     "mqar": lambda: comparison("mqar", MQAR, WITH_SSM),
     "overwritten": lambda: comparison("overwritten", OVERWRITTEN),
