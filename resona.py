@@ -1351,9 +1351,8 @@ def search_loss(trace: list[dict[str, Tensor]]) -> Tensor:
     right token, the loss hardly depends on how its chunk is ranked. So the chunk can slide down
     until K others are ahead of it; and a chunk that is not retrieved gets no gradient that could
     lift it up again. With this loss, the search learns from attention which chunk counts, and puts
-    it first. The weight should grow from zero (in
-    train_toy.py, to 0.1), as at first attention has nothing to teach. (DeepSeek-V3.2, arXiv
-    2512.02556, trains its indexer this way, too.)
+    it first. The weight should grow from zero (in train_toy.py, to 0.1), as at first attention has
+    nothing to teach. (DeepSeek-V3.2, arXiv 2512.02556, trains its indexer this way, too.)
     """
     total = torch.zeros(())
     for searched in trace:
