@@ -140,9 +140,9 @@ def draw_strip(ax) -> None:
         fontsize=10,
     )
     notes = (
-        "A chunk of U = 2 tokens can be retrieved once it has ended. The attention",
-        "key of “t” is made from what came before it, up to “ca”, and its value",
-        "from “t” itself. So one look-up says what comes next.",
+        "A chunk of U = 2 tokens can be retrieved by the tokens after it. The",
+        "attention key of “t” is made from the tokens before it, the last of them",
+        "“ca”; its value is made from “t”. So one look-up says what comes next.",
     )
     ax.text(7.6, 0.4, "\n".join(notes), va="center", fontsize=10.5)
     ax.set(xlim=(-0.2, 14.2), ylim=(-0.65, 2.0))
