@@ -2,8 +2,8 @@
 
 After Wang et al., "Resona: Improving Context Copying in Linear Recurrence Models with Retrieval",
 arXiv 2503.22913 (2025). A linear recurrence (Mamba, RWKV, DeltaNet) is h[t] = a[t]·h[t-1] + b[t],
-where a and b depend on token t but not on h. It reads every token at constant cost into a state of
-fixed size, so it cannot copy a text that is longer than the state can hold. Resona gives a
+where a and b depend on the input but not on h. It reads every token at constant cost into a state
+of fixed size, so it cannot copy a text that is longer than the state can hold. Resona gives a
 recurrent layer a second, parallel branch. It keeps the text in chunks, searches them, and attends
 to the tokens of the best ones:
 

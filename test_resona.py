@@ -22,7 +22,8 @@ If you change              run  python -m pytest test_resona.py -k ...
     generate, inspect      "generate or stop or inspect"
     load, what is refused  "load or refused"
     kernels.py             "kernel"
-    train_toy.py           "copy or bilingual or parameters or rate or sample or training"
+    train_toy.py           "copy or bilingual or parameters or rate or sample or training", and
+                           python -m pytest evidence/test_train_toy.py
     tutorial.ipynb         "notebook"
 
 Then run everything: a change in one place often shows up in another.

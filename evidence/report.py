@@ -527,7 +527,7 @@ CHOICES = {  # label of evidence.cost.choice -> in the table
     "resona k=1": "Resona, K = 1",
     "resona k=4": "Resona, K = 4",
     "resona k=32": "Resona, K = 32",
-    "resona ivf k=4": "Resona, inverted file, K = 4",
+    "resona ivf k=4": "Resona, inverted file of 64 lists, K = 4",
 }
 
 
