@@ -576,6 +576,25 @@ def test_the_sentences_about_overwritten_values_hold():
     names = [f"ablations/overwritten/no-search-loss/seed-{seed}" for seed in range(3)]
     without = report.scores(report.results(names), "8 new")
     assert [value >= 0.95 for value in without] == [True, False, False]
+    for test in ("8 new", "8 new far", "16 new", "16 new far"):
+        for rival in ("nope", "retrieval"):
+            assert abs(advantage("overwritten", rival, test)) < 2  # level
+    assert advantage("overwritten", "transformer", "8 new") < -1.5
+    assert advantage("overwritten", "transformer", "8 new far") > 5
+
+
+def advantage(task, rival, test, score=report.ACCURACY):
+    """Of Resona over another model, in standard errors of the difference, paired by seed."""
+    ours, theirs = (
+        report.scores(report.runs(task, model), test, score) for model in ("resona", rival)
+    )
+    pairs = np.subtract(*zip(*zip(ours, theirs, strict=False), strict=True))
+    return pairs.mean() / (pairs.std(ddof=1) / len(pairs) ** 0.5)
+
+
+def test_the_sentence_about_seeds_that_do_not_learn_mqar_holds():
+    reached = report.scores(report.runs("mqar", "resona-ssm"), "32")
+    assert [value > 0.9 for value in reached] == [True, False, False, True, True]
 
 
 def test_the_sentences_about_trained_models_hold():
