@@ -1,7 +1,7 @@
 """Resona with one thing changed: what does each part of it do?
 
     python -m evidence.run --ablate "no recurrence" --seeds 3
-    python -m evidence.run --task overwritten --ablate "no search loss"
+    python -m evidence.run --task overwritten --ablate "no search_loss"
 
 ABLATIONS lists the changes by name.
 """
@@ -142,26 +142,28 @@ ABLATIONS = {
     "as it is": Change(),
     "chunks of 4 tokens": Change({"chunk_size": 4}),
     "chunks of 8 tokens": Change({"chunk_size": 8}),
-    "search of width 64": Change({"d_search": 64}),
-    "top_k 1 in training": Change(train_top_k=1),
-    "top_k 2 in training": Change(train_top_k=2),
-    "top_k 4 in training": Change(train_top_k=4),
-    "top_k 16 in training": Change(train_top_k=16),
+    "search keys of 64 numbers": Change({"d_search": 64}),
+    "K = 1 in training": Change(train_top_k=1),
+    "K = 2 in training": Change(train_top_k=2),
+    "K = 4 in training": Change(train_top_k=4),
+    "K = 16 in training": Change(train_top_k=16),
     "retrieval in layer 0 only": Change({"retrieval": [0]}),
     "retrieval in layer 1 only": Change({"retrieval": [1]}),
-    "keys not one step late": Change(branch=KeysInPlace),
-    "no log-probability bias": Change(branch=NoBias),
-    "no search loss": Change(branch=NoSearchLoss),
+    "no late keys": Change(branch=KeysInPlace),
+    "no log P": Change(branch=NoBias),
+    "no search_loss": Change(branch=NoSearchLoss),
     "α without the score": Change(branch=NoTrust),
     "α with the score, no gradient": Change(branch=DetachedTrust),
-    "chunk key: sum alone": Change(branch=SumAlone),
-    "chunk key: MLP alone": Change(branch=MLPAlone),
+    "search key: sum alone": Change(branch=SumAlone),
+    "search key: MLP alone": Change(branch=MLPAlone),
     "no recurrence": Change(branch=BranchAlone),
-    "query without the state": Change(branch=QueriesWithoutState),
-    "keys from the state": Change(branch=KeysFromState),
+    "no y in the queries": Change(branch=QueriesWithoutState),
+    "keys from y": Change(branch=KeysFromState),
     "chunks of 1 token": Change(SMALLEST),
-    "chunks of 1 token, query without the state": Change(SMALLEST, QueriesWithoutState),
+    "chunks of 1 token, no y in the queries": Change(SMALLEST, QueriesWithoutState),
     "chunks of 1 token, retrieval in layer 0 only": Change({**SMALLEST, "retrieval": [0]}),
+    # of the text task; narrower, so that there are as many parameters as with one branch
+    "retrieval in both layers": Change({"retrieval": True, "d_model": 56, "d_ff": 80}),
 }
 
 

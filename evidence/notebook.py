@@ -35,9 +35,9 @@ PARTS_STEPS = (500, 800)
 PARTS = {
     "nothing": "as it is",
     "recurrence": "no recurrence",
-    "y-in-the-queries": "query without the state",
-    "late-keys": "keys not one step late",
-    "log-P": "no log-probability bias",
+    "y-in-the-queries": "no y in the queries",
+    "late-keys": "no late keys",
+    "log-P": "no log P",
 }
 OTHERS = {"retrieval": "recurrence", "attention": "nope"}  # -> another model, of evidence.models
 

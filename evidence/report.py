@@ -151,8 +151,14 @@ def comparison(
     for model in models:
         found = runs(task, model)
         cells = [spread(scores(found, test, score)) for test in tests]
-        rows.append([MODELS[model].label, str(len(found)), rate_of(task, model), *cells])
+        rows.append([label_of(model), str(len(found)), rate_of(task, model), *cells])
     return markdown(["", "seeds", "rate", *(headings or headings_of(tests))], rows)
+
+
+def label_of(model: str) -> str:
+    if model == "retrieval-both":
+        return "retrieval alone, in both layers"
+    return MODELS[model].label
 
 
 def headings_of(tests: Sequence[str]) -> list[str]:
@@ -162,7 +168,7 @@ def headings_of(tests: Sequence[str]) -> list[str]:
 
 def plain_row(task: str, tests: Sequence[str], model: str) -> list[str]:
     score = BITS if task in IN_BITS else ACCURACY
-    return [MODELS[model].label, *means(runs(task, model), tests, score)]
+    return [label_of(model), *means(runs(task, model), tests, score)]
 
 
 def means(runs: list[Result], tests: Sequence[str], score: str) -> list[str]:
@@ -193,6 +199,7 @@ OVERWRITTEN = [
     f"{pairs} {kind}{far}" for pairs in (8, 16) for far in ("", " far") for kind in ("kept", "new")
 ]
 NGRAM = [f"{form} {length}" for form in ("prefix", "suffix") for length in (32, 128, 512)]
+TEXT_MODELS = (*COMPARED, "narrow", "retrieval-both")
 TEXT = ["plain 512", "plain 2048", "plain 8192"]
 STATE = [f"{swaps}{kind}" for swaps in (4, 16) for kind in ("", " moved", " kept")]
 PLACES = [f"from {start}" for start in (0, 64, 128, 256, 512, 1024, 2048, 4096)]
@@ -260,11 +267,12 @@ def tasks() -> Lines:
     """How each task is trained: steps, and what its config changes."""
     rows = []
     for name in COMPARISONS:
-        task = TASKS[name]
+        task: Any = TASKS[name]
         config = ResonaConfig(vocab_size=2, **getattr(task, "func", task).config)
         layers = "all" if config.retrieval is True else ", ".join(map(str, config.retrieval or []))
         sizes = (task.steps, config.chunk_size, config.d_conv, layers, task.train_top_k)
-        rows.append([f"`{name}`", *(f"{one:,}" if type(one) is int else one for one in sizes)])
+        cells = (f"{one:,}" if isinstance(one, int) else str(one) for one in sizes)
+        rows.append([f"`{name}`", *cells])
     return markdown(["", "steps", "U", "convolution", "branch in layers", "K in training"], rows)
 
 
@@ -273,16 +281,16 @@ def copy_strings() -> Lines:
 
 
 def text_places() -> Lines:
-    lines = comparison("text", PLACES, (*COMPARED, "narrow"), BITS)
+    lines = comparison("text", PLACES, TEXT_MODELS, BITS)
     return with_picture(lines, "text", "Bits per byte by position in a text")
 
 
 def text_differences() -> Lines:
     """Resona against each other model, on the same windows."""
     rows = []
-    for model in ("recurrence", "narrow", "retrieval", "transformer", "nope"):
+    for model in (model for model in TEXT_MODELS if model != "resona"):
         cells = [difference(bits_of("resona", t), bits_of(model, t)) for t in TEXT + AGAIN]
-        rows.append([f"against {MODELS[model].label}", *cells])
+        rows.append([f"against {label_of(model)}", *cells])
     return markdown(["", *TEXT, *AGAIN], rows)
 
 
@@ -323,7 +331,7 @@ def mad() -> Lines:
             rows.append([task, test, *cells])
     cells = [spread(scores(runs("compress", "narrow"), "32")), "", "", ""]
     rows.append(["compress, at Resona's width", "32", *cells])
-    return markdown(["", "tokens", *(MODELS[model].label for model in HEADLINE)], rows)
+    return markdown(["", "tokens", *(label_of(model) for model in HEADLINE)], rows)
 
 
 def icll() -> Lines:
@@ -335,7 +343,7 @@ def icll() -> Lines:
         cells = []
         for score in ("legal", "total_variation"):
             cells += [spread([run[length]["all"][score] for run in found]) for length in lengths]
-        rows.append([MODELS[model].label, str(len(found)), rate_of("icll", model), *cells])
+        rows.append([label_of(model), str(len(found)), rate_of("icll", model), *cells])
     baselines = [one for one in (result(f"icll/n-grams/seed-{seed}") for seed in SEEDS) if one]
     for name in ("bigram", "trigram"):
         cells = []
@@ -417,7 +425,7 @@ def ablations_other() -> Lines:
     """Bilingual and overwritten, beside nothing changed."""
     labels = ["nothing", *(label for label in ABLATIONS if has_ablation("bilingual", label))]
     lines = ["`bilingual`:", "", *ablations("bilingual", BILINGUAL, labels, ACCURACY)]
-    labels = ["nothing", "no search loss"]
+    labels = ["nothing", "no search_loss"]
     lines += ["", "`overwritten`:", "", *ablations("overwritten", OVERWRITTEN, labels, ACCURACY)]
     for task, tests in (("mqar", MQAR), ("ngram", NGRAM)):
         labels = ["nothing", "α without the score"]
@@ -457,7 +465,7 @@ def rates() -> Lines:
             swept = {job.arguments["lr"]: reproduce.validation(job) for job in tried}
             cells = [rate_cell(swept, rate) for rate in (LOWER, *RATES, HIGHER)]
             if swept:
-                rows.append([f"{one.task}{unit}", MODELS[model].label.replace("**", ""), *cells])
+                rows.append([f"{one.task}{unit}", label_of(model).replace("**", ""), *cells])
     headings = [f"{rate:g}" for rate in (LOWER, *RATES, HIGHER)]
     return markdown(["task", "model", *headings], rows)
 
@@ -608,7 +616,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "overwritten learned": lambda: learned("overwritten", "resona", OVERWRITTEN),
     "ngram": lambda: comparison("ngram", NGRAM),
     "mad": mad,
-    "text": lambda: comparison("text", TEXT + AGAIN, (*COMPARED, "narrow"), BITS),
+    "text": lambda: comparison("text", TEXT + AGAIN, TEXT_MODELS, BITS),
     "text places": text_places,
     "text differences": text_differences,
     "text top k": text_top_k,

@@ -88,7 +88,7 @@ COMPARISONS = {
         Comparison("copy-long", ("recurrence",), 330),
         Comparison("bilingual", WITH_SSM, 110, other_seeds={"resona": 8, "resona-ssm": 5}),
         Comparison("bilingual-long", COMPARED, 200, other_seeds=FIVE),
-        Comparison("text", (*COMPARED, "narrow"), 170, seeds=5),
+        Comparison("text", (*COMPARED, "narrow", "retrieval-both"), 170, seeds=5),
         Comparison("overwritten", COMPARED, 160, seeds=8, other_seeds={"recurrence": 3}),
         Comparison("mqar", WITH_SSM, 90, other_seeds=EIGHT | {"resona-ssm": 5}),
         Comparison("icll", COMPARED, 150, seeds=5, other_seeds={"recurrence": 3}),
@@ -104,8 +104,9 @@ COMPARISONS = {
         Comparison("compress", (*HEADLINE, "narrow"), 120),
     )
 }
+BOTH = "retrieval in both layers"  # retrieval alone, on text, where Resona has one branch
 MAD = ("selective", "fuzzy", "recall", "noisy", "memorize", "compress")
-ABLATED = [label for label in ABLATIONS if not label.startswith("chunks of 1 token")]
+ABLATED = [label for label in ABLATIONS if not label.startswith(("chunks of 1 token", BOTH))]
 LONG_COPIES = "chunks of 1 token, retrieval in layer 0 only"
 SEEDS = range(3)  # of all that is not a comparison
 
@@ -146,6 +147,9 @@ def compared_job(task: str, model: str, seed: int, rate: float, seconds: float =
     fields: dict[str, Any] = {}
     if (task, model) == ("text", "resona"):
         fields["also_top_k"] = 16
+    if model == "retrieval-both":
+        name = f"{task}/{model}/seed-{seed}-lr-{rate:g}"
+        return run_job(task, "retrieval", seed, rate, seconds, name, change=BOTH)
     return run_job(task, model, seed, rate, seconds, **fields)
 
 
@@ -196,12 +200,12 @@ def ablations() -> Iterator[Job]:
     """Copying for 250 steps, so that differences in how fast it learns show; two more tasks."""
     for label in ABLATED:
         yield from ablation("copy", label, 50, steps=250, lengths=(32, 128, 512))
-    for label in ("no recurrence", "query without the state", "α without the score"):
+    for label in ("no recurrence", "no y in the queries", "α without the score"):
         yield from ablation("bilingual", label, 110)
     for task in ("mqar", "ngram"):
         yield from ablation(task, "α without the score", 120)
-    yield from ablation("overwritten", "no search loss", 160)
-    for label in ("α without the score", "α with the score, no gradient", "no search loss"):
+    yield from ablation("overwritten", "no search_loss", 160)
+    for label in ("α without the score", "α with the score, no gradient", "no search_loss"):
         yield from ablation("text", label, 170)
     yield from ablation("copy", LONG_COPIES, 400, steps=1500, lengths=(32, 512, 2048, 4096))
 

@@ -102,7 +102,7 @@ def test_retrieval_alone_does_not_read_what_is_not_counted():
 
 
 OF_TRAINING = [label for label in ABLATIONS if label.endswith("in training")]
-OF_TRAINING += ["no search loss", "α without the score", "α with the score, no gradient"]
+OF_TRAINING += ["no search_loss", "α without the score", "α with the score, no gradient"]
 
 
 def changed(label):
@@ -327,7 +327,7 @@ COSMETIC = [
     ("train_toy", '"""One update -> loss', '"""A step -> loss'),
     ("train_toy", '"resona": 3e-3', '"resona": 2.9e-3'),  # runs are given their rates
     ("resona", "backbone must be one of", "backbone may be one of"),
-    ("evidence/ablations", '"top_k 2 in training"', '"top_k 3 in training"'),
+    ("evidence/ablations", '"K = 2 in training"', '"K = 3 in training"'),
 ]
 
 
@@ -573,7 +573,7 @@ def test_the_sentences_about_overwritten_values_hold():
     reached = report.scores(report.runs("overwritten", "resona"), "8 new")
     assert len(reached) == 8 and min(reached[:3]) >= 0.95
     assert [round(value, 2) for value in reached if value < 0.95] == [0.84, 0.90]
-    names = [f"ablations/overwritten/no-search-loss/seed-{seed}" for seed in range(3)]
+    names = [f"ablations/overwritten/no-search_loss/seed-{seed}" for seed in range(3)]
     without = report.scores(report.results(names), "8 new")
     assert [value >= 0.95 for value in without] == [True, False, False]
     for test in ("8 new", "8 new far", "16 new", "16 new far"):
