@@ -1534,7 +1534,7 @@ def sum_retrievers(w: Tensor, q: Tensor, chunk: Tensor, n_chunks: int) -> Tensor
 
 
 # ==================================================================================================
-# Approximate search: an inverted file (IVF, as in FAISS), worthwhile above about 30,000 chunks
+# Approximate search: an inverted file (IVF, as in FAISS), for tens of thousands of chunks
 #
 # Similar chunks are put into the same list, as a book's index lists the pages with a word. A query
 # is compared with one vector per list, and then only with the chunks in the lists that fit it best.

@@ -533,6 +533,21 @@ def test_the_text_sentences_hold():
         assert -0.055 < changed[test] < -0.015
     for test in report.AGAIN:
         assert 0.065 < changed[test] < 0.175
+    changes = {
+        label: [f"ablations/text/{label}/seed-{seed}" for seed in range(3)]
+        for label in ("no-search_loss", "α-without-the-score", "α-with-the-score-no-gradient")
+    }
+    saved = {}  # by what was taken out
+    for label, names in changes.items():
+        for test in (*report.TEXT, *report.AGAIN):
+            whole = report.scores(report.runs("text", "resona")[:3], test, report.BITS)
+            without = report.scores(report.results(names), test, report.BITS)
+            saved[label, test] = 1 - np.mean(whole) / np.mean(without)
+    for label in ("no-search_loss", "α-without-the-score"):
+        assert all(0.02 < saved[label, test] < 0.055 for test in report.TEXT)
+        assert all(0.055 < saved[label, test] < 0.165 for test in report.AGAIN)
+    for test in report.AGAIN:
+        assert saved["α-with-the-score-no-gradient", test] > saved["α-without-the-score", test] / 2
     starts = [bits("resona", f"from {n}") > bits("recurrence", f"from {n}") for n in (0, 64, 128)]
     assert starts == [True, True, False]  # worse in the first 128 bytes
 
@@ -548,6 +563,10 @@ def test_the_cost_sentences_hold():
         times = by_length[kind]
         assert times["attention"][below] < times["Resona"][below]
         assert times["attention"][above] > times["Resona"][above]
+    for kind, least, most in (("training", 2.45, 4.6), ("prefill", 2.45, 4.6), ("decoding", 3, 6)):
+        for length, ours in by_length[kind]["Resona"].items():
+            ratio = ours / by_length[kind]["recurrence"][length]
+            assert least < ratio < most or int(length) > 16384
     times = stored("choice/times")
     resona, nope = "resona k=4", "nope"  # which is not in cost/by-length
     assert times["512"][nope]["prefill"] < times["512"][resona]["prefill"]
@@ -564,8 +583,12 @@ def test_the_sentences_about_memory_and_approximate_search_hold():
     assert 1.8 < given_back["seconds"] / memory["Resona"]["seconds"] < 2.2
     for one in stored("search/against-exact-16384").values():
         assert one["ivf_ms"] > one["exact_ms"]
+    for one in stored("search/against-exact-65536").values():
+        assert 2.7 < one["exact_ms"] / one["ivf_ms"] < 3
+        assert one["faiss_ms"] < one["ivf_ms"]
     for one in stored("search/against-exact-524288").values():
         assert 6.5 < one["exact_ms"] / one["ivf_ms"] < 7.5
+        assert one["faiss_ms"] > one["ivf_ms"]
 
 
 def test_the_sentences_about_overwritten_values_hold():
