@@ -201,7 +201,7 @@ OVERWRITTEN = [
 NGRAM = [f"{form} {length}" for form in ("prefix", "suffix") for length in (32, 128, 512)]
 TEXT_MODELS = (*COMPARED, "narrow", "retrieval-both")
 TEXT = ["plain 512", "plain 2048", "plain 8192"]
-STATE = [f"{swaps}{kind}" for swaps in (4, 16) for kind in ("", " moved", " kept")]
+STATE = ["2", "4", "8", "16", "4 moved", "4 kept"]
 PLACES = [f"from {start}" for start in (0, 64, 128, 256, 512, 1024, 2048, 4096)]
 AGAIN = ["again 512", "again 2048", "again 8192"]
 

@@ -92,7 +92,13 @@ COMPARISONS = {
         Comparison("overwritten", COMPARED, 160, seeds=8, other_seeds={"recurrence": 3}),
         Comparison("mqar", WITH_SSM, 90, other_seeds=EIGHT | {"resona-ssm": 5}),
         Comparison("icll", COMPARED, 150, seeds=5, other_seeds={"recurrence": 3}),
-        Comparison("state", (*COMPARED, "gru", "resona-gru"), 200),
+        Comparison(
+            "state",
+            (*COMPARED, "gru", "resona-gru"),
+            200,
+            seeds=5,
+            other_seeds={"retrieval": 3, "gru": 3},
+        ),
         Comparison("ngram", COMPARED, 150, other_seeds={"resona": 8}),
         Comparison("needle", HEADLINE, 110, other_seeds={"resona": 8}),
         # MAD
