@@ -634,3 +634,15 @@ def test_the_sentences_about_trained_models_hold():
 def test_the_sentence_about_the_recurrence_of_the_notebook_holds():
     notebook = (reproduce.ROOT / "tutorial.ipynb").read_text(encoding="utf-8")
     assert "32: 0.965   64: 0.309" in notebook  # README.md rounds to 0.97 and 0.31
+
+
+def test_the_sentences_about_state_based_recall_hold():
+    def reached(model, test):
+        return report.scores(report.runs("state", model), test)
+
+    for model in ("recurrence", "transformer", "nope", "resona"):
+        assert min(reached(model, "2")) > 0.9 and np.mean(reached(model, "4")) < 0.6
+    assert max(reached("resona-gru", "4")) > 0.95 > min(reached("resona-gru", "4"))
+    assert max(reached("gru", "2")) < 0.4  # a third
+    assert np.mean(reached("retrieval", "4 kept")) > 0.8
+    assert np.mean(reached("retrieval", "4 moved")) < 0.3
