@@ -141,8 +141,8 @@ def draw_strip(ax) -> None:
     )
     notes = (
         "A chunk of U = 2 tokens can be retrieved by the tokens after it. The",
-        "attention key of “t” is made from the tokens before it, the last of them",
-        "“ca”; its value is made from “t”. So one look-up says what comes next.",
+        "attention key of “t” is made from the tokens before it, “$ca”, its value",
+        "from “t” itself. So one look-up says what comes next.",
     )
     ax.text(7.6, 0.4, "\n".join(notes), va="center", fontsize=10.5)
     ax.set(xlim=(-0.2, 14.2), ylim=(-0.65, 2.0))
@@ -172,7 +172,7 @@ def accuracy() -> None:
     means = [mean(report.scores(report.runs("copy-long", "recurrence"), str(n))) for n in lengths]
     ax.plot(lengths, means, "s:", color=PINK, label="recurrence alone,\nten times the steps")
     ax.axvspan(28, 32, color="0.9")
-    ax.text(32.6, 0.02, "longest in\ntraining", fontsize=9.5, va="bottom")
+    ax.text(32.6, 0.02, "← the longest\n    in training", fontsize=9.5, va="bottom")
     ax.set_xscale("log", base=2)
     ax.set(
         xticks=lengths,

@@ -186,7 +186,7 @@ def learned(task: str, model: str, tests: Sequence[str]) -> Lines:
         values = scores(runs(task, model), test)
         reached = sum(value >= LEARNED for value in values)
         rows.append([test, spread(values), f"{reached} of {len(runs(task, model))}"])
-    return markdown(["test", "accuracy", f"seeds with {LEARNED}"], rows)
+    return markdown(["test", "accuracy", f"seeds with at least {LEARNED}"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,10 +218,10 @@ def versions() -> Lines:
         for one in (file["machine"] for file in files)
     }
     return [
-        f"The tables hold {len(files)} of {n_jobs} results, which took {hours:.1f} hours of "
+        f"The tables hold {len(files)} of {n_jobs} results; these took {hours:.1f} hours of "
         f"computing, on one thread unless a table says otherwise ({'; '.join(sorted(machines))}). "
-        f"The model and its training have the fingerprint `{files[-1]['fingerprint']}`; the newest "
-        f"result is from commit {files[-1]['commit']}."
+        "All have the same fingerprint, a hash of the sources of the model and its training: "
+        f"`{files[-1]['fingerprint']}`. The newest result is from commit {files[-1]['commit']}."
     ]
 
 
