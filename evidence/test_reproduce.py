@@ -646,3 +646,22 @@ def test_the_sentences_about_state_based_recall_hold():
     assert max(reached("gru", "2")) < 0.4  # a third
     assert np.mean(reached("retrieval", "4 kept")) > 0.8
     assert np.mean(reached("retrieval", "4 moved")) < 0.3
+
+
+def test_the_sentences_about_in_context_learning_hold():
+    def ahead(model, length, score):
+        """Of Resona, in standard errors of the difference."""
+        ours, theirs = (
+            np.array([run["distributions"][length]["all"][score] for run in report.runs("icll", one)])
+            for one in ("resona", model)
+        )
+        pairs = ours - theirs
+        return pairs.mean() / (pairs.std(ddof=1) / len(pairs) ** 0.5)
+
+    for model in ("transformer", "nope"):
+        for length in ("256", "1024"):
+            assert ahead(model, length, "legal") < -2
+    assert ahead("nope", "1024", "total_variation") > 2  # lower is better
+    assert abs(ahead("nope", "256", "total_variation")) < 2
+    for length in ("256", "1024"):
+        assert -8 < ahead("retrieval", length, "total_variation") < -2
