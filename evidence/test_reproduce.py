@@ -606,13 +606,17 @@ def test_the_sentences_about_overwritten_values_hold():
     assert advantage("overwritten", "transformer", "8 new far") > 5
 
 
-def advantage(task, rival, test, score=report.ACCURACY):
-    """Of Resona over another model, in standard errors of the difference, paired by seed."""
-    ours = report.scores(report.runs(task, "resona"), test, score)
-    theirs = report.scores(report.runs(task, rival), test, score)
+def advantage(task, rival, test):
+    """Of Resona over another model: see errors_ahead."""
+    ours = report.scores(report.runs(task, "resona"), test)
+    return errors_ahead(ours, report.scores(report.runs(task, rival), test))
+
+
+def errors_ahead(ours, theirs):
+    """The mean difference, paired by seed, in standard errors."""
     n = min(len(ours), len(theirs))
     pairs = np.array(ours[:n]) - np.array(theirs[:n])
-    return pairs.mean() / (pairs.std(ddof=1) / len(pairs) ** 0.5)
+    return pairs.mean() / (pairs.std(ddof=1) / n**0.5)
 
 
 def test_the_sentence_about_seeds_that_do_not_learn_mqar_holds():
@@ -650,13 +654,11 @@ def test_the_sentences_about_state_based_recall_hold():
 
 def test_the_sentences_about_in_context_learning_hold():
     def ahead(model, length, score):
-        """Of Resona, in standard errors of the difference."""
         ours, theirs = (
-            np.array([run["distributions"][length]["all"][score] for run in report.runs("icll", one)])
+            [run["distributions"][length]["all"][score] for run in report.runs("icll", one)]
             for one in ("resona", model)
         )
-        pairs = ours - theirs
-        return pairs.mean() / (pairs.std(ddof=1) / len(pairs) ** 0.5)
+        return errors_ahead(ours, theirs)
 
     for model in ("transformer", "nope"):
         for length in ("256", "1024"):
