@@ -572,7 +572,7 @@ def test_the_cost_sentences_hold():
     assert times["512"][nope]["prefill"] < times["512"][resona]["prefill"]
     assert times["2048"][nope]["prefill"] > times["2048"][resona]["prefill"]
     assert times["2048"][nope]["decoding"] < 0.5 * times["2048"][resona]["decoding"]
-    assert 0.75 < times["8192"][nope]["decoding"] / times["8192"][resona]["decoding"] < 1.1
+    assert 0.75 < times["8192"][nope]["decoding"] / times["8192"][resona]["decoding"] < 1
 
 
 def test_the_sentences_about_memory_and_approximate_search_hold():
