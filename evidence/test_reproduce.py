@@ -80,6 +80,13 @@ def test_a_narrow_model_is_resona_without_its_branch():
     assert narrow.config.d_model == resona.config.d_model
 
 
+def test_retrieval_in_both_layers_has_as_many_parameters_as_resona_with_one_branch():
+    both = Run(task="text", model="retrieval", seed=0, lr=1e-3, change=reproduce.BOTH)
+    model = make_model("retrieval", None, make_task(both))
+    assert [layer.retrieval is not None for layer in model.layers] == [True, True]
+    assert abs(count(model) / count(make_model("resona", None, TASKS["text"]())) - 1) < 0.01
+
+
 @pytest.mark.parametrize("size", models.STATES)
 def test_a_small_state_has_so_many_numbers(size):
     for name in (f"narrow-{size}", f"resona-{size}"):
